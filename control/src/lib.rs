@@ -1,0 +1,14 @@
+//! The protocol of kmorphd's control socket: length-delimited MessagePack, versioned.
+//!
+//! A client sends a [`Hello`], gets one back, then sends [`Request`]s; each gets zero or more
+//! [`Reply::Item`]s and ends with one [`Reply::Done`] or [`Reply::Error`].
+
+mod error;
+mod views;
+mod wire;
+
+pub use error::{ErrorKind, OpError};
+pub use views::*;
+pub use wire::{
+    Client, ClientError, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request, codec, decode, encode,
+};

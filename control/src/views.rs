@@ -1,0 +1,271 @@
+//! What requests carry and what they return.
+
+use serde::{Deserialize, Serialize};
+
+/// How an instance does, as an operator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InstanceState {
+    /// Defined, not started.
+    Defined,
+    /// Started, not yet seen healthy.
+    Starting,
+    /// Kernel and user space live.
+    Healthy,
+    /// One of the two signals is missing and is being looked into.
+    Suspect,
+    /// The kernel lives, its user space does not answer.
+    AgentSilent,
+    /// Declared dead, being recovered.
+    Recovering,
+    /// It was stopped by the operator.
+    Stopped,
+    /// Not every CPU could be seen stopped: an operator must look.
+    PartialFence,
+    /// Given up: dead, fenced, not restarted.
+    Failed,
+}
+
+impl std::fmt::Display for InstanceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            InstanceState::Defined => "DEFINED",
+            InstanceState::Starting => "STARTING",
+            InstanceState::Healthy => "RUNNING",
+            InstanceState::Suspect => "UNRESPONSIVE",
+            InstanceState::AgentSilent => "AGENT-SILENT",
+            InstanceState::Recovering => "RECOVERING",
+            InstanceState::Stopped => "STOPPED",
+            InstanceState::PartialFence => "PARTIAL-FENCE",
+            InstanceState::Failed => "FAILED",
+        })
+    }
+}
+
+/// `kmorphctl spawn`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpawnArgs {
+    /// Instance name, as kerf defined it.
+    pub name: String,
+    /// Absolute path of a bzImage.
+    pub kernel: String,
+    /// Replaces the part of the kernel command line that is the user's.
+    pub cmdline: Option<String>,
+    /// Absolute path of an initramfs.
+    pub initramfs: Option<String>,
+    /// Auto-heal: restart after a confirmed failure.
+    pub monitor: bool,
+    /// Seconds without a heartbeat until the instance is suspected.
+    pub heartbeat_timeout_s: Option<f64>,
+    /// Seconds a kernel may take from start to its first heartbeat.
+    pub boot_timeout_s: Option<f64>,
+    /// Return when the instance is healthy (else when it was started).
+    pub wait: bool,
+}
+
+/// An instance, in full.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceView {
+    /// Name.
+    pub name: String,
+    /// Number.
+    pub id: u16,
+    /// vsock context id.
+    pub cid: u32,
+    /// State.
+    pub state: InstanceState,
+    /// One sentence on the state.
+    pub reason: String,
+    /// Running kernel release, empty when none.
+    pub release: String,
+    /// Kernel image path.
+    pub kernel: String,
+    /// Starts so far.
+    pub incarnation: u64,
+    /// Recoveries so far.
+    pub recoveries: u64,
+    /// Physical CPU ids.
+    pub cpus: Vec<u32>,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Memory base, when it has memory.
+    pub memory_base: Option<u64>,
+    /// Auto-heal.
+    pub monitor: bool,
+    /// Heartbeat timeout in milliseconds.
+    pub heartbeat_timeout_ms: u64,
+    /// Milliseconds since the last heartbeat answer.
+    pub last_heartbeat_ms: Option<u64>,
+    /// Milliseconds since the pulse was last seen to move.
+    pub pulse_age_ms: Option<u64>,
+    /// Seconds since this incarnation was started.
+    pub uptime_s: Option<f64>,
+    /// Incident under way.
+    pub incident: Option<u64>,
+}
+
+/// `kmorphctl heartbeat`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeartbeatView {
+    /// Name.
+    pub name: String,
+    /// Requests sent in this incarnation.
+    pub sent: u64,
+    /// Answers.
+    pub received: u64,
+    /// Requests that got none in time.
+    pub missed: u64,
+    /// Missed in a row, now.
+    pub missed_in_row: u64,
+    /// Round trips in microseconds: last, smallest, mean, largest.
+    pub rtt_last_us: Option<u64>,
+    /// Smallest.
+    pub rtt_min_us: Option<u64>,
+    /// Mean.
+    pub rtt_mean_us: Option<u64>,
+    /// Largest.
+    pub rtt_max_us: Option<u64>,
+    /// Milliseconds since the last answer.
+    pub last_ms: Option<u64>,
+    /// Interval between requests, milliseconds.
+    pub interval_ms: u64,
+    /// Timeout, milliseconds.
+    pub timeout_ms: u64,
+    /// Milliseconds since the pulse last moved.
+    pub pulse_age_ms: Option<u64>,
+    /// Beats of the slowest CPU of the instance.
+    pub pulse_count: Option<u64>,
+}
+
+/// `kmorphctl ping`: one heartbeat by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PingView {
+    /// Name.
+    pub name: String,
+    /// Round trip in microseconds.
+    pub rtt_us: u64,
+    /// Incarnation that answered.
+    pub incarnation: u64,
+}
+
+/// CPU figures of an instance.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CpuHealth {
+    /// CPUs online.
+    pub online: u32,
+    /// Share of CPU time not idle since the sample before, 0 to 100.
+    pub busy_percent: f64,
+    /// Load average, one minute.
+    pub load1: f64,
+    /// PSI `some` avg10 in percent, when the kernel has it.
+    pub pressure: Option<f64>,
+}
+
+/// Memory figures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryHealth {
+    /// Total bytes.
+    pub total: u64,
+    /// Available bytes.
+    pub available: u64,
+    /// PSI `some` avg10 in percent.
+    pub pressure: Option<f64>,
+}
+
+/// I/O figures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct IoHealth {
+    /// How long the agent's probe write took, microseconds.
+    pub probe_us: u64,
+    /// PSI `some` avg10 in percent.
+    pub pressure: Option<f64>,
+}
+
+/// `kmorphctl health`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HealthView {
+    /// Name.
+    pub name: String,
+    /// Milliseconds since the figures were taken.
+    pub age_ms: u64,
+    /// CPU.
+    pub cpu: Option<CpuHealth>,
+    /// Memory.
+    pub memory: Option<MemoryHealth>,
+    /// I/O.
+    pub io: Option<IoHealth>,
+}
+
+/// One step of a recovery.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryStep {
+    /// Incident number, shared by all steps of one recovery.
+    pub incident: u64,
+    /// Instance name.
+    pub instance: String,
+    /// Incarnation that failed.
+    pub incarnation: u64,
+    /// Wall clock, milliseconds since the Unix epoch.
+    pub at_unix_ms: u64,
+    /// Microseconds since the failure was first noticed.
+    pub offset_us: u64,
+    /// State of the recovery machine after the step.
+    pub phase: String,
+    /// What was done or seen.
+    pub detail: String,
+    /// `true` on the last step when the instance serves again.
+    pub recovered: Option<bool>,
+}
+
+/// `kmorphctl recovery-log`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryLogArgs {
+    /// Only this instance.
+    pub instance: Option<String>,
+    /// Only steps at or after this time, milliseconds since the Unix epoch.
+    pub since_unix_ms: Option<u64>,
+}
+
+/// `kmorphctl daemon status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DaemonView {
+    /// Version of kmorphd.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: f64,
+    /// Platform in use.
+    pub platform: String,
+    /// Instances that run.
+    pub running: usize,
+    /// Instances known.
+    pub instances: usize,
+    /// CPUs: total, online in the primary, lent.
+    pub cpus_total: usize,
+    /// Online in the primary.
+    pub cpus_online: usize,
+    /// Lent to instances.
+    pub cpus_lent: usize,
+    /// Pool memory in bytes.
+    pub pool_bytes: u64,
+    /// Free pool memory in bytes.
+    pub pool_free_bytes: u64,
+    /// Longest the daemon's own loop was late, milliseconds.
+    pub max_lag_ms: f64,
+    /// Address metrics are served at.
+    pub metrics: Option<String>,
+}
+
+/// One console record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConsoleLine {
+    /// Sequence number.
+    pub seq: u64,
+    /// Seconds since that kernel booted.
+    pub at_s: f64,
+    /// syslog level.
+    pub level: u8,
+    /// Text.
+    pub text: String,
+}

@@ -1,0 +1,239 @@
+//! Memory for instances: found, handed to the module, and given back.
+
+use std::path::Path;
+
+use nix::errno::Errno;
+
+use super::abi::{self, request};
+use super::layout::REGION_ALIGN;
+use super::{Inner, MEMORY_BLOCKS, PoolSource, view};
+use crate::{CpuState, MemoryRange, PlatformError};
+
+/// Smaller reservations are for other uses.
+const SMALLEST: u64 = 64 << 20;
+
+/// Make the pool what the configuration asks for. Ranges the module has already (from a daemon
+/// before this one) stay. Returns the memory blocks taken offline.
+pub(super) fn set_up(inner: &Inner) -> Result<Vec<MemoryRange>, PlatformError> {
+    let have: Vec<MemoryRange> =
+        view::pool(inner)?.iter().map(|p| MemoryRange { base: p.base, size: p.size }).collect();
+    let mut offlined = Vec::new();
+    let wanted = match &inner.config.pool {
+        PoolSource::Reserved(ranges) => ranges.clone(),
+        PoolSource::CommandLine => {
+            let line = std::fs::read_to_string("/proc/cmdline")
+                .map_err(|e| PlatformError::os("read /proc/cmdline", e))?;
+            let found = reservations(&line);
+            if found.is_empty() && have.is_empty() {
+                return Err(PlatformError::Unavailable(
+                    "there is no memory for instances: boot the primary kernel with memmap=<size>$<base> (at least 64 MiB), \
+                     or set pool.offline in the configuration"
+                        .into(),
+                ));
+            }
+            found
+        }
+        PoolSource::Offline(bytes) => {
+            let owned: u64 = view::pool(inner)?.iter().filter(|p| p.source == 2).map(|p| p.size).sum();
+            if owned < *bytes {
+                offlined = take_offline(Path::new(MEMORY_BLOCKS), *bytes - owned)?;
+            }
+            offlined.clone()
+        }
+    };
+    for range in wanted.iter().filter(|w| !have.iter().any(|h| h.base <= w.base && w.end() <= h.end())) {
+        let mut p: abi::Pool = request();
+        (p.base, p.size) = (range.base, range.size);
+        if let Err(e) = inner.device.pool_add(&mut p) {
+            put_online(Path::new(MEMORY_BLOCKS), &offlined);
+            let why = match e {
+                Errno::EBUSY => format!(
+                    "the page at {:#x} is in use by the primary kernel; reserve the range with memmap={}M${:#x}",
+                    p.bad_address,
+                    range.size >> 20,
+                    range.base
+                ),
+                e => e.to_string(),
+            };
+            return Err(PlatformError::Unavailable(format!(
+                "memory {:#x}+{:#x} cannot be used for instances: {why}",
+                range.base, range.size
+            )));
+        }
+    }
+    Ok(offlined)
+}
+
+/// `memmap=512M$0x40000000` words of a command line, large ones only.
+fn reservations(line: &str) -> Vec<MemoryRange> {
+    line.split_ascii_whitespace()
+        .filter_map(|w| w.strip_prefix("memmap="))
+        .flat_map(|w| w.split(','))
+        .filter_map(|w| {
+            let (size, base) = w.split_once('$')?;
+            let (size, base) = (number(size)?, number(base)?);
+            let start = base.checked_next_multiple_of(REGION_ALIGN)?;
+            let size = size.checked_sub(start - base)? & !0xfff;
+            (size >= SMALLEST).then_some(MemoryRange { base: start, size })
+        })
+        .collect()
+}
+
+/// A number as the kernel's memparse() reads it.
+fn number(text: &str) -> Option<u64> {
+    let shift = match text.as_bytes().last()? {
+        b'k' | b'K' => 10,
+        b'm' | b'M' => 20,
+        b'g' | b'G' => 30,
+        b't' | b'T' => 40,
+        _ => 0,
+    };
+    let digits = if shift > 0 { &text[..text.len() - 1] } else { text };
+    let n = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+        None => digits.parse().ok()?,
+    };
+    n.checked_mul(1 << shift)
+}
+
+fn block_size(root: &Path) -> Result<u64, PlatformError> {
+    let path = root.join("block_size_bytes");
+    let text = std::fs::read_to_string(&path).map_err(|e| {
+        PlatformError::Unavailable(format!("this kernel has no memory hot-unplug ({}: {e})", path.display()))
+    })?;
+    u64::from_str_radix(text.trim(), 16).map_err(|e| PlatformError::os(format!("read {}", path.display()), e))
+}
+
+/// Take `bytes` of movable memory offline, one contiguous run, from the top down.
+fn take_offline(root: &Path, bytes: u64) -> Result<Vec<MemoryRange>, PlatformError> {
+    let block = block_size(root)?;
+    let need = bytes.div_ceil(block);
+    let mut movable: Vec<u64> = Vec::new();
+    for entry in std::fs::read_dir(root).map_err(|e| PlatformError::os("list memory blocks", e))? {
+        let name = entry.map_err(|e| PlatformError::os("list memory blocks", e))?.file_name();
+        let Some(n) = name.to_str().and_then(|n| n.strip_prefix("memory")).and_then(|n| n.parse().ok())
+        else {
+            continue;
+        };
+        let read =
+            |file: &str| std::fs::read_to_string(root.join(format!("memory{n}/{file}"))).unwrap_or_default();
+        if read("state").trim() == "online"
+            && read("valid_zones").split_whitespace().next() == Some("Movable")
+        {
+            movable.push(n);
+        }
+    }
+    movable.sort_unstable();
+    let run = movable.windows(need as usize).rev().find(|w| w.windows(2).all(|p| p[0] + 1 == p[1]));
+    let Some(run) = run else {
+        return Err(PlatformError::Unavailable(format!(
+            "{} MiB of contiguous movable memory are needed for instances and {} blocks of {} MiB are movable; boot the \
+             primary kernel with movablecore={}M or more",
+            bytes >> 20,
+            movable.len(),
+            block >> 20,
+            (need + 2) * (block >> 20)
+        )));
+    };
+    let mut done = Vec::new();
+    for n in run {
+        if let Err(e) = std::fs::write(root.join(format!("memory{n}/state")), "offline") {
+            put_online(root, &done);
+            return Err(PlatformError::Busy(format!(
+                "memory block {n} ({:#x}) cannot be taken offline: {e}; something in it cannot be moved",
+                n * block
+            )));
+        }
+        done.push(MemoryRange { base: n * block, size: block });
+    }
+    // One range: regions may then span blocks.
+    Ok(vec![MemoryRange { base: run[0] * block, size: need * block }])
+}
+
+fn put_online(root: &Path, ranges: &[MemoryRange]) {
+    let Ok(block) = block_size(root) else { return };
+    for range in ranges {
+        for n in range.base / block..range.end().div_ceil(block) {
+            if let Err(error) = std::fs::write(root.join(format!("memory{n}/state")), "online_movable") {
+                tracing::error!(block = n, %error, "memory block could not be brought back online");
+            }
+        }
+    }
+}
+
+/// Everything back to the primary: CPUs online, pool dissolved, memory blocks online.
+pub(super) fn release(inner: &Inner) -> Result<(), PlatformError> {
+    for cpu in view::cpus(inner)?.iter().filter(|c| c.state == CpuState::Pool) {
+        let mut c: abi::Cpu = request();
+        c.apicid = cpu.apic_id;
+        inner
+            .device
+            .cpu_give(&mut c)
+            .map_err(|e| PlatformError::os(format!("give CPU {} back to the primary", cpu.apic_id), e))?;
+    }
+    for range in view::pool(inner)? {
+        let mut p: abi::Pool = request();
+        (p.base, p.size) = (range.base, range.size);
+        inner.device.pool_remove(&mut p).map_err(|e| {
+            PlatformError::os(format!("take memory {:#x}+{:#x} out of the pool", range.base, range.size), e)
+        })?;
+        if range.source == 2 {
+            put_online(Path::new(MEMORY_BLOCKS), &[MemoryRange { base: range.base, size: range.size }]);
+        }
+    }
+    inner.state().offlined.clear();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_large_reservations_only() {
+        let line = "console=ttyS0 memmap=512M$0x40000000 memmap=448K$64K quiet memmap=1G!4G memmap=128M$0x100100000,64M$1G";
+        assert_eq!(
+            reservations(line),
+            [
+                MemoryRange { base: 0x4000_0000, size: 512 << 20 },
+                MemoryRange { base: 0x1_0020_0000, size: 127 << 20 },
+                MemoryRange { base: 1 << 30, size: 64 << 20 }
+            ]
+        );
+        assert_eq!(reservations("memmap=$ memmap=x$y memmap=99999999999999999999G$1"), []);
+    }
+
+    fn blocks(dir: &Path, states: &[(u64, &str, &str)]) {
+        std::fs::write(dir.join("block_size_bytes"), "8000000\n").unwrap();
+        for (n, state, zones) in states {
+            let d = dir.join(format!("memory{n}"));
+            std::fs::create_dir(&d).unwrap();
+            std::fs::write(d.join("state"), state).unwrap();
+            std::fs::write(d.join("valid_zones"), zones).unwrap();
+        }
+    }
+
+    #[test]
+    fn takes_the_topmost_contiguous_movable_run() {
+        let d = tempfile::tempdir().unwrap();
+        blocks(
+            d.path(),
+            &[
+                (7, "online", "Movable"),
+                (8, "online", "Movable"),
+                (9, "online", "Normal"),
+                (10, "online", "Movable"),
+                (11, "online", "Movable"),
+                (12, "offline", "Movable"),
+            ],
+        );
+        let got = take_offline(d.path(), 200 << 20).unwrap();
+        assert_eq!(got, [MemoryRange { base: 10 * 0x800_0000, size: 2 * 0x800_0000 }]);
+        let state = |n: u64| std::fs::read_to_string(d.path().join(format!("memory{n}/state"))).unwrap();
+        assert_eq!((state(10), state(11), state(8)), ("offline".into(), "offline".into(), "online".into()));
+        put_online(d.path(), &got);
+        assert_eq!(state(11), "online_movable");
+        let text = take_offline(d.path(), 600 << 20).unwrap_err().to_string();
+        assert!(text.contains("movablecore="), "{text}");
+    }
+}

@@ -1,0 +1,196 @@
+//! Looking: inventory, pulse, console, and what ran before this daemon.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use super::abi::{self, ctl, request};
+use super::sys::Mapping;
+use super::{Inner, Live, cpu_info, klog};
+use crate::{
+    ConsoleLog, CpuInfo, CpuPulse, ExistingInstance, InstanceId, Inventory, KernelState, MemoryRange,
+    PlatformError, PulseSample,
+};
+
+/// Window size when a whole region is read.
+const WINDOW: u64 = 64 << 20;
+
+pub(super) fn cpus(inner: &Inner) -> Result<Vec<CpuInfo>, PlatformError> {
+    let mut info: abi::Info = request();
+    inner.device.info(&mut info).map_err(|e| PlatformError::os("KMORPH_INFO", e))?;
+    let mut list: Box<abi::CpuList> = Box::new(request());
+    inner.device.cpu_list(&mut list).map_err(|e| PlatformError::os("KMORPH_CPU_LIST", e))?;
+    Ok(list.cpu.iter().take(list.count as usize).map(|c| cpu_info(c, info.boot_apicid)).collect())
+}
+
+pub(super) fn pool(inner: &Inner) -> Result<Vec<abi::Pool>, PlatformError> {
+    let mut list: Box<abi::PoolList> = Box::new(request());
+    inner.device.pool_list(&mut list).map_err(|e| PlatformError::os("KMORPH_POOL_LIST", e))?;
+    Ok(list.range.iter().take(list.count as usize).copied().collect())
+}
+
+fn instances(inner: &Inner) -> Result<Vec<abi::Instance>, PlatformError> {
+    let mut list: abi::InstanceList = request();
+    inner.device.instance_list(&mut list).map_err(|e| PlatformError::os("KMORPH_INSTANCE_LIST", e))?;
+    list.id
+        .iter()
+        .take(list.count as usize)
+        .filter_map(|id| u16::try_from(*id).ok())
+        .map(|id| {
+            inner.device.query(InstanceId(id)).map_err(|e| PlatformError::os(format!("KMORPH_QUERY {id}"), e))
+        })
+        .collect()
+}
+
+fn cpu_ids(i: &abi::Instance) -> Vec<u32> {
+    i.apicid.iter().take((i.cpu_count as usize).min(abi::MAX_CPUS)).copied().collect()
+}
+
+pub(super) fn inventory(inner: &Inner) -> Result<Inventory, PlatformError> {
+    let used = instances(inner)?
+        .iter()
+        .filter_map(|i| {
+            Some((MemoryRange { base: i.base, size: i.size }, InstanceId(u16::try_from(i.id).ok()?)))
+        })
+        .collect();
+    Ok(Inventory {
+        cpus: cpus(inner)?,
+        pool: pool(inner)?.iter().map(|p| MemoryRange { base: p.base, size: p.size }).collect(),
+        used,
+    })
+}
+
+pub(super) fn existing(inner: &Inner) -> Result<Vec<ExistingInstance>, PlatformError> {
+    Ok(instances(inner)?
+        .iter()
+        .filter_map(|i| {
+            Some(ExistingInstance {
+                id: InstanceId(u16::try_from(i.id).ok()?),
+                incarnation: i.incarnation,
+                region: MemoryRange { base: i.base, size: i.size },
+                cpus: cpu_ids(i),
+                running: i.state == abi::instance_state::RUNNING,
+            })
+        })
+        .collect())
+}
+
+/// Take up what runs since before this daemon.
+pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
+    for i in instances(inner)? {
+        let Ok(id) = u16::try_from(i.id) else { continue };
+        let control = inner.device.map(i.control, ctl::SIZE)?;
+        let magic = control.load_u64(ctl::OFF_PRIMARY + offset_of!(ctl::Primary, magic));
+        let version = control.load_u32(ctl::OFF_PRIMARY + offset_of!(ctl::Primary, version));
+        if (magic, version) != (Some(ctl::MAGIC), Some(ctl::VERSION)) {
+            return Err(PlatformError::Unavailable(format!(
+                "instance {id} has a control area of another layout at {:#x}; it was started by another release of kmorph",
+                i.control
+            )));
+        }
+        let live = Live {
+            incarnation: i.incarnation,
+            region: MemoryRange { base: i.base, size: i.size },
+            cpus: cpu_ids(&i),
+            control: Arc::new(control),
+            log: None,
+        };
+        inner.state().live.insert(InstanceId(id), live);
+    }
+    Ok(())
+}
+
+/// Read the control area. Every word is taken once; whatever makes no sense counts as absent.
+pub(super) fn pulse(control: &Mapping) -> PulseSample {
+    let at = |field: usize| ctl::OFF_INSTANCE + field;
+    let text = || {
+        let mut t = [0u8; ctl::TEXT];
+        if control.read(at(offset_of!(ctl::Instance, text)), &mut t) { abi::text(&t) } else { String::new() }
+    };
+    let state = match control.load_u32(at(offset_of!(ctl::Instance, state))) {
+        Some(ctl::READY) => KernelState::Ready,
+        Some(ctl::PANIC) => KernelState::Panicked(text()),
+        Some(ctl::PARKED) => KernelState::Parked(text()),
+        Some(ctl::LEFT) => KernelState::Left,
+        _ => KernelState::Absent,
+    };
+    let cpus = (0..ctl::CPUS)
+        .filter_map(|n| {
+            let line = ctl::OFF_PULSE + n * size_of::<ctl::Pulse>();
+            let online = control.load_u32(line + offset_of!(ctl::Pulse, online))?;
+            let count = control.load_u64(line + offset_of!(ctl::Pulse, count))?;
+            (online == 1).then_some(CpuPulse { number: n as u32, count })
+        })
+        .collect();
+    let nonce = control.load_u64(at(offset_of!(ctl::Instance, boot_nonce))).unwrap_or(0);
+    PulseSample { state, nonce, cpus }
+}
+
+/// An instance's memory, mapped window by window.
+struct Region<'a> {
+    inner: &'a Inner,
+    range: MemoryRange,
+    window: std::cell::RefCell<Option<Mapping>>,
+}
+
+impl klog::PhysMemory for Region<'_> {
+    fn range(&self) -> MemoryRange {
+        self.range
+    }
+
+    fn read(&self, phys: u64, buf: &mut [u8]) -> Option<()> {
+        let end = phys.checked_add(buf.len() as u64)?;
+        if phys < self.range.base || end > self.range.end() {
+            return None;
+        }
+        let mut window = self.window.borrow_mut();
+        let covered = |w: &Mapping| w.base() <= phys && end <= w.base() + w.len() as u64;
+        if !window.as_ref().is_some_and(covered) {
+            // Windows overlap by half, so any short read fits one of them.
+            let start = self.range.base + (phys - self.range.base) / (WINDOW / 2) * (WINDOW / 2);
+            let len = WINDOW.min(self.range.end() - start);
+            *window = None;
+            *window = self
+                .inner
+                .device
+                .map(start, len)
+                .inspect_err(|e| tracing::warn!(error = %e, "map a window"))
+                .ok();
+        }
+        let w = window.as_ref().filter(|w| covered(w))?;
+        w.read(usize::try_from(phys - w.base()).ok()?, buf).then_some(())
+    }
+}
+
+/// The kernel log, from memory while the instance has any, else the copy kept of its last life.
+pub(super) fn console(inner: &Inner, id: InstanceId, from_seq: u64) -> Result<ConsoleLog, PlatformError> {
+    let (incarnation, range, known) = {
+        let state = inner.state();
+        let Some(live) = state.live.get(&id) else {
+            let mut log = state.last_log.get(&id).cloned().ok_or(PlatformError::Unknown(id))?;
+            log.records.retain(|r| r.seq >= from_seq);
+            log.note = Some("kept from the last life; its memory went back to the pool".into());
+            return Ok(log);
+        };
+        (live.incarnation, live.region, live.log.clone())
+    };
+    let region = Region { inner, range, window: Default::default() };
+    let info = match known {
+        Some(info) => info,
+        None => match klog::VmcoreInfo::find(&region) {
+            Some(info) => {
+                if let Some(l) = inner.state().live.get_mut(&id).filter(|l| l.incarnation == incarnation) {
+                    l.log = Some(info.clone());
+                }
+                info
+            }
+            None => {
+                return Ok(ConsoleLog {
+                    next_seq: from_seq,
+                    note: Some("the kernel has not come as far as describing its log (VMCOREINFO)".into()),
+                    ..Default::default()
+                });
+            }
+        },
+    };
+    Ok(klog::read(&region, &info, from_seq))
+}
