@@ -57,11 +57,12 @@ struct kmorph_ctl_link {
 	__u32 peer_id;
 	__u32 epoch;
 	__u32 state;		/* enum kmorph_link_state, written last */
-	__u32 reserved[9];
+	__u32 peer_apicids[8];	/* bitmap: where the peer's doorbell may be; empty for the primary */
+	__u32 reserved;
 };
 
 struct kmorph_ctl_links {
-	__u32 generation;	/* bumped after every change */
+	__u32 generation;	/* odd while the primary changes the table, even when it is whole */
 	__u32 reserved[15];
 	struct kmorph_ctl_link link[KMORPH_CTL_LINKS];
 };
@@ -83,7 +84,8 @@ struct kmorph_ctl_instance {
 	__u64 end_tsc;		/* when it panicked or parked */
 	__u32 end_cpu;		/* the CPU number that did, in the instance */
 	__u32 notices;		/* bumped with every state change */
-	__u64 reserved;
+	__u32 links_seen;	/* the last generation of the links acted upon */
+	__u32 reserved;
 	char release[64];
 	char text[KMORPH_CTL_TEXT];	/* reason, NUL terminated */
 };
