@@ -10,5 +10,5 @@ mod wire;
 pub use error::{ErrorKind, OpError};
 pub use views::*;
 pub use wire::{
-    Client, ClientError, Hello, MAX_FRAME, PROTOCOL_VERSION, Reply, Request, codec, decode, encode,
+    Client, ClientError, Hello, MAX_FRAME, Next, PROTOCOL_VERSION, Reply, Request, codec, decode, encode,
 };

@@ -269,3 +269,12 @@ pub struct ConsoleLine {
     /// Text.
     pub text: String,
 }
+
+/// A piece of an instance's kernel log.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConsoleChunk {
+    /// Lines, oldest first.
+    pub lines: Vec<ConsoleLine>,
+    /// Said when the log is partial or of an earlier life.
+    pub note: Option<String>,
+}

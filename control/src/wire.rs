@@ -112,9 +112,14 @@ pub enum Request {
         /// Instance.
         name: String,
     },
-    /// A list of [`crate::RecoveryStep`].
-    RecoveryLog(RecoveryLogArgs),
-    /// A stream of [`crate::ConsoleLine`] lists.
+    /// A stream of [`crate::RecoveryStep`].
+    RecoveryLog {
+        /// Which.
+        filter: RecoveryLogArgs,
+        /// Go on as steps are taken.
+        follow: bool,
+    },
+    /// A stream of [`crate::ConsoleChunk`].
     Console {
         /// Instance.
         name: String,
@@ -167,6 +172,20 @@ pub fn codec() -> LengthDelimitedCodec {
 
 /// A failed exchange, seen from the client.
 pub type ClientError = OpError;
+
+/// Part of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next<I, T> {
+    /// One of a stream.
+    Item(I),
+    /// The end.
+    Done(T),
+}
+
+/// Takes any item without looking at it.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct IgnoredItem(#[allow(dead_code)] serde::de::IgnoredAny);
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -226,25 +245,28 @@ impl Client {
         }
     }
 
-    /// Ask, and give every item of the answer's stream to `each`.
-    pub async fn stream<I: DeserializeOwned, T: DeserializeOwned>(
-        &mut self,
-        request: &Request,
-        mut each: impl FnMut(I),
-    ) -> Result<T, OpError> {
-        self.send(request).await?;
-        loop {
-            match self.receive::<Reply>().await? {
-                Reply::Item(bytes) => each(decode(&bytes)?),
-                Reply::Done(bytes) => return decode(&bytes),
-                Reply::Error(e) => return Err(e),
-            }
+    /// Ask; the answer is then read with [`Client::next`].
+    pub async fn start(&mut self, request: &Request) -> Result<(), OpError> {
+        self.send(request).await
+    }
+
+    /// The next part of the answer.
+    pub async fn next<I: DeserializeOwned, T: DeserializeOwned>(&mut self) -> Result<Next<I, T>, OpError> {
+        match self.receive::<Reply>().await? {
+            Reply::Item(bytes) => decode(&bytes).map(Next::Item),
+            Reply::Done(bytes) => decode(&bytes).map(Next::Done),
+            Reply::Error(e) => Err(e),
         }
     }
 
     /// Ask and wait for the answer.
     pub async fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, OpError> {
-        self.stream::<(), T>(request, |()| {}).await
+        self.start(request).await?;
+        loop {
+            if let Next::Done(value) = self.next::<IgnoredItem, T>().await? {
+                return Ok(value);
+            }
+        }
     }
 }
 

@@ -1,2 +1,50 @@
-//! Placeholder.
-fn main() {}
+//! kmorphctl: the command line of kmorph.
+
+mod args;
+mod commands;
+mod daemon;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use kmorph_control::{ErrorKind, OpError};
+
+use crate::args::{Args, Command};
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(e) => {
+            // clap prints help and version to stdout with success, the rest to stderr; a closed
+            // stream changes nothing about the verdict.
+            let _ = e.print();
+            return if e.use_stderr() {
+                ExitCode::from(ErrorKind::Usage.exit_code())
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let out = Output::new(args.output);
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| OpError::new(ErrorKind::Internal, format!("cannot start: {e}")))
+        .and_then(|rt| rt.block_on(run(&args, &out)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            out.error(&e);
+            ExitCode::from(e.kind.exit_code())
+        }
+    }
+}
+
+async fn run(args: &Args, out: &Output) -> Result<(), OpError> {
+    match &args.command {
+        Command::Daemon(d) => daemon::run(d, &args.socket, out).await,
+        other => commands::run(other, &args.socket, out).await,
+    }
+}

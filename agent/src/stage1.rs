@@ -1,0 +1,141 @@
+//! What the agent does as PID 1, before the user's init takes over.
+
+use std::ffi::CString;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::wait::wait;
+use nix::unistd::{ForkResult, execv, fork, pipe, setsid};
+
+use crate::{kmsg, modules, serve};
+
+/// The agent's own procfs: the user's init finds /proc as it expects it, unmounted.
+pub const PROC: &str = "/.kmorph/proc";
+const MODULES: &str = "/.kmorph/modules";
+const SELF: &str = "/.kmorph/agent";
+
+/// What the kernel command line says to the agent.
+#[derive(Debug, PartialEq, Eq)]
+struct Cmdline {
+    control: Option<u64>,
+    init: String,
+}
+
+fn parse(line: &str) -> Cmdline {
+    // What follows "--" is for init.
+    let words = line.split_ascii_whitespace().take_while(|w| *w != "--");
+    let mut out = Cmdline { control: None, init: "/init".into() };
+    for word in words {
+        if let Some(v) = word.strip_prefix("kmorph.control=") {
+            out.control = u64::from_str_radix(v.trim_start_matches("0x"), 16).ok();
+        } else if let Some(v) = word.strip_prefix("rdinit=")
+            && v != SELF
+        {
+            out.init = v.into();
+        }
+    }
+    out
+}
+
+/// Load the substrate, start the server, become the user's init.
+pub fn run() -> ExitCode {
+    kmsg::set_up();
+    if let Err(e) = std::fs::create_dir_all(PROC).map_err(|e| e.to_string()).and_then(|()| {
+        mount(Some("proc"), PROC, Some("proc"), MsFlags::empty(), None::<&str>).map_err(|e| e.to_string())
+    }) {
+        kmsg::log(kmsg::ERROR, &format!("no procfs at {PROC}: {e}; there will be no metrics"));
+    }
+    let line = std::fs::read_to_string(Path::new(PROC).join("cmdline")).unwrap_or_default();
+    let cmdline = parse(&line);
+    match cmdline.control {
+        None => kmsg::log(kmsg::ERROR, "no kmorph.control= on the command line: this kernel was not started by kmorphd"),
+        Some(control) => match modules::load_all(Path::new(MODULES), control) {
+            Ok(n) => kmsg::log(kmsg::INFO, &format!("{n} modules loaded")),
+            Err(e) => kmsg::log(kmsg::ERROR, &e),
+        },
+    }
+    match split() {
+        Ok(Some(ready)) => serve::run(ready),
+        Ok(None) => become_init(&cmdline.init),
+        Err(e) => {
+            kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
+            become_init(&cmdline.init)
+        }
+    }
+}
+
+/// Fork. The child, with a mount namespace of its own, gets the pipe it says "ready" on; the parent
+/// returns when it did.
+#[allow(unsafe_code)]
+fn split() -> nix::Result<Option<OwnedFd>> {
+    let (theirs, ours) = pipe()?;
+    // SAFETY: the process has a single thread here (no runtime was started), so the child may do
+    // anything.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop(theirs);
+            setsid()?;
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+            Ok(Some(ours))
+        }
+        ForkResult::Parent { .. } => {
+            drop(ours);
+            // The server listens before the user's init starts: a first connection is never refused.
+            let mut byte = [0u8; 1];
+            if std::fs::File::from(theirs).read(&mut byte).unwrap_or(0) == 0 {
+                kmsg::log(kmsg::ERROR, "the server ended before it was ready");
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Tell the parent that the server listens.
+pub fn say_ready(pipe: OwnedFd) {
+    if let Err(e) = std::fs::File::from(pipe).write_all(b"r") {
+        kmsg::log(kmsg::ERROR, &format!("cannot tell PID 1 that the server listens: {e}"));
+    }
+}
+
+/// Exec the user's init with the arguments the kernel gave us; without one, stay and reap.
+fn become_init(init: &str) -> ExitCode {
+    if let Err(e) = umount2(PROC, MntFlags::MNT_DETACH) {
+        kmsg::log(kmsg::ERROR, &format!("cannot unmount {PROC}: {e}"));
+    }
+    let args: Vec<CString> = std::iter::once(init.to_string())
+        .chain(std::env::args().skip(1))
+        .filter_map(|a| CString::new(a).ok())
+        .collect();
+    if Path::new(init).exists() {
+        if let Some(path) = args.first()
+            && let Err(e) = execv(path, &args)
+        {
+            kmsg::log(kmsg::ERROR, &format!("cannot run {init}: {e}"));
+        }
+    } else {
+        kmsg::log(kmsg::INFO, &format!("no {init} in the initramfs: the agent stays the only process"));
+    }
+    loop {
+        // PID 1 must never end (the kernel would panic); with no child left it waits for a signal.
+        if wait().is_err() {
+            nix::unistd::pause();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_control_page_and_the_users_init() {
+        let line = "quiet rdinit=/sbin/my-init a tsc_early_khz=1 kmorph.control=0x40080000 rdinit=/.kmorph/agent -- rdinit=/no";
+        assert_eq!(parse(line), Cmdline { control: Some(0x4008_0000), init: "/sbin/my-init".into() });
+        assert_eq!(parse("kmorph.control=zz"), Cmdline { control: None, init: "/init".into() });
+    }
+}

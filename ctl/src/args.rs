@@ -1,0 +1,260 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Where the daemon listens unless told otherwise.
+pub const SOCKET: &str = "/run/kmorph/kmorphd.sock";
+
+const AFTER: &str = "\
+A first session:
+  kmorphctl daemon start
+  kmorphctl spawn web-server --kernel=/boot/vmlinuz-6.1 --heartbeat-timeout=1
+  kmorphctl list
+  kmorphctl recovery-log --instance=web-server
+
+Exit codes: 0 done; 1 internal error; 2 wrong usage; 3 not found; 4 the state does not allow it; 5 a CPU, memory
+or name is taken; 6 a definition, image or file is not usable; 7 not permitted; 8 not in time; 9 the kernel did not
+come up; 10 not every CPU could be seen stopped, nothing was taken back; 11 versions differ; 12 no daemon answers.";
+
+/// Run, watch and heal the kernels of a multikernel machine.
+///
+/// kmorphctl talks to kmorphd over its control socket. Instances are defined with kerf (device trees under
+/// /var/lib/kerf/instances); kmorph starts a kernel in each, watches it, and restarts it when it dies.
+#[derive(Debug, Parser)]
+#[command(version, after_help = AFTER, max_term_width = 110)]
+pub struct Args {
+    /// Control socket of the daemon
+    #[arg(long, global = true, env = "KMORPH_SOCKET", default_value = SOCKET, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// How results are printed: for people or as JSON
+    #[arg(long, short = 'o', global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    pub output: Format,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Output formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs; one document, or one a line where a stream is followed
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start, stop or look at the daemon
+    #[command(subcommand)]
+    Daemon(Daemon),
+
+    /// Start a kernel in an instance that kerf defined
+    ///
+    /// Claims the instance's CPUs and memory, loads the kernel with the agent added to the initramfs, starts it and
+    /// waits until it answers heartbeats. If it does not come up, everything is given back and the end of its log is
+    /// shown.
+    Spawn(Spawn),
+
+    /// List instances
+    List {
+        /// CPUs, memory, heartbeat and kernel image too
+        #[arg(long, short)]
+        verbose: bool,
+    },
+
+    /// Show one instance
+    Status {
+        /// Instance name
+        instance: String,
+    },
+
+    /// Stop an instance and give its CPUs and memory back to the primary kernel
+    ///
+    /// The instance's user space is asked first, then its CPUs are stopped and seen stopped.
+    Terminate {
+        /// Instance name
+        instance: String,
+        /// Stop its CPUs at once
+        #[arg(long)]
+        force: bool,
+    },
+
+    /// Show heartbeat counters and round trips
+    Heartbeat {
+        /// Instance name
+        instance: String,
+    },
+
+    /// Show what the instance's agent measured
+    Health {
+        /// Instance name
+        instance: String,
+        /// Which figures
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu,memory,io", value_name = "LIST")]
+        metrics: Vec<Metric>,
+    },
+
+    /// Send one heartbeat now
+    Ping {
+        /// Instance name
+        instance: String,
+    },
+
+    /// Fence an instance, take its resources back and start it again
+    Recover {
+        /// Instance name
+        instance: String,
+    },
+
+    /// Show recoveries step by step
+    RecoveryLog {
+        /// Only this instance
+        #[arg(long, value_name = "NAME")]
+        instance: Option<String>,
+        /// Only since then: a duration (10m, 2h) or a time (2026-01-31T12:00:00Z)
+        #[arg(long, value_name = "TIME", value_parser = since)]
+        since: Option<u64>,
+        /// Go on as steps are taken
+        #[arg(long, short)]
+        follow: bool,
+    },
+
+    /// Show an instance's kernel log, read from its memory: live, or after its death
+    Console {
+        /// Instance name
+        instance: String,
+        /// Go on as lines come
+        #[arg(long, short)]
+        follow: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Daemon {
+    /// Start kmorphd and wait until it answers
+    Start {
+        /// Configuration file
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// The daemon's program
+        #[arg(long, value_name = "PATH", env = "KMORPHD")]
+        program: Option<PathBuf>,
+    },
+    /// Stop kmorphd; instances run on and the next daemon takes them over
+    Stop {
+        /// Terminate every instance first and give everything back to the primary kernel
+        #[arg(long)]
+        graceful: bool,
+    },
+    /// Show the daemon, the machine's CPUs and the memory pool
+    Status,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Spawn {
+    /// Instance name, as kerf defined it
+    pub instance: String,
+    /// The kernel: a 64-bit bzImage
+    #[arg(long, value_name = "VMLINUZ")]
+    pub kernel: PathBuf,
+    /// Kernel command line, added to what the platform needs
+    #[arg(long, value_name = "WORDS")]
+    pub kernel_cmdline: Option<String>,
+    /// The initramfs; without one the instance runs the agent only
+    #[arg(long, value_name = "FILE")]
+    pub initramfs: Option<PathBuf>,
+    /// Restart the instance after a confirmed failure
+    #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, default_missing_value = "true",
+          action = clap::ArgAction::Set)]
+    pub monitor: bool,
+    /// Seconds without a heartbeat until the instance is suspected
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub heartbeat_timeout: Option<f64>,
+    /// Seconds the kernel may take from its start to its first heartbeat
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub boot_timeout: Option<f64>,
+    /// Return as soon as the kernel was started
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// What `health` can show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Metric {
+    /// CPUs, load, pressure
+    Cpu,
+    /// Memory, pressure
+    Memory,
+    /// Delay of a small write, pressure
+    Io,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    if value.is_finite() && (0.05..=86_400.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("{text} is out of range: 0.05 to 86400 seconds"))
+    }
+}
+
+/// Milliseconds since the Unix epoch.
+fn since(text: &str) -> Result<u64, String> {
+    let at = if let Ok(ago) = humantime::parse_duration(text) {
+        std::time::SystemTime::now().checked_sub(ago).ok_or("that is before time began")?
+    } else {
+        humantime::parse_rfc3339_weak(text).map_err(|_| {
+            format!("{text:?} is neither a duration like 10m nor a time like 2026-01-31T12:00:00Z")
+        })?
+    };
+    at.duration_since(std::time::UNIX_EPOCH)
+        .map(|d| d.as_millis() as u64)
+        .map_err(|_| "that is before 1970".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn monitor_takes_a_value_and_defaults_to_true() {
+        let spawn = |extra: &[&str]| {
+            let mut v = vec!["kmorphctl", "spawn", "a", "--kernel=/k"];
+            v.extend(extra);
+            match Args::try_parse_from(v).unwrap().command {
+                Command::Spawn(s) => s.monitor,
+                _ => unreachable!(),
+            }
+        };
+        assert!(spawn(&[]));
+        assert!(spawn(&["--monitor"]));
+        assert!(!spawn(&["--monitor=false"]));
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for bad in ["0", "-1", "nan", "1e99", "x"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+        assert_eq!(seconds("0.5"), Ok(0.5));
+    }
+
+    #[test]
+    fn since_takes_durations_and_times() {
+        assert_eq!(since("2026-01-31T12:00:00Z"), Ok(1_769_860_800_000));
+        let now = since("0s").unwrap();
+        let hour = since("1h").unwrap();
+        assert!((now - hour).abs_diff(3_600_000) < 1000);
+        assert!(since("yesterday").is_err());
+    }
+}

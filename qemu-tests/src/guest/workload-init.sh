@@ -1,0 +1,7 @@
+#!/bin/sh
+# What an instance runs in the scenarios: an init that knows nothing of kmorph.
+/bin/mount -t proc proc /proc
+/bin/mount -t sysfs sys /sys
+echo "workload: $(/bin/busybox uname -r) on $(/bin/busybox nproc) CPUs" >/dev/kmsg
+/kmorph-qemu tool >/dev/kmsg 2>&1 &
+while :; do /bin/sleep 3600; done

@@ -1,0 +1,143 @@
+//! One QEMU machine running one scenario.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::accel::Accel;
+use super::cache::Cache;
+use crate::scenarios::Scenario;
+use crate::{Context, Result};
+
+/// What kind of machine a scenario wants.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// Kernel series of the primary.
+    pub primary: &'static str,
+    /// CPUs.
+    pub cpus: u32,
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// Added to the primary's command line: where instances' memory comes from.
+    pub cmdline: &'static str,
+}
+
+impl Default for MachineSpec {
+    fn default() -> Self {
+        MachineSpec { primary: "6.1", cpus: 4, memory_mib: 2048, cmdline: "memmap=512M$0x40000000" }
+    }
+}
+
+/// Lines of the scenario start with this; everything else is the kernel's.
+pub const STORY: &str = "KM| ";
+/// The scenario's verdict.
+pub const RESULT: &str = "KMORPH-RESULT ";
+
+pub struct Run {
+    pub result: Result<()>,
+    pub log: PathBuf,
+    pub tail: String,
+    pub emulator_crash: bool,
+}
+
+/// Wait for a process, and kill it when the limit is over. `true` when it ended by itself.
+pub fn wait_limited(child: &mut Child, limit: Duration) -> Result<bool> {
+    let until = Instant::now() + limit;
+    while Instant::now() < until {
+        if child.try_wait().context("wait for QEMU")?.is_some() {
+            return Ok(true);
+        }
+        #[allow(clippy::disallowed_methods)] // a child process gives no event std can wait for with a limit
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().context("kill QEMU")?;
+    child.wait().context("wait for QEMU")?;
+    Ok(false)
+}
+
+/// Boot, show, and judge.
+pub fn run(
+    cache: &Cache,
+    s: &Scenario,
+    spec: &MachineSpec,
+    initramfs: &Path,
+    accel: Accel,
+    verbose: bool,
+) -> Result<Run> {
+    let release = cache.release(spec.primary)?;
+    let log = cache.work(&format!("{}.log", s.name));
+    let mut file = std::fs::File::create(&log).context("create the log")?;
+    let append = format!(
+        "console=ttyS0,115200 loglevel=4 panic=-1 no_ipi_broadcast=1 memmap=448K$64K {} kmorph.scenario={}",
+        spec.cmdline, s.name
+    );
+    let mut child = Command::new("qemu-system-x86_64")
+        .args(accel.args())
+        .args(["-smp", &spec.cpus.to_string(), "-m", &format!("{}M", spec.memory_mib)])
+        .args(["-display", "none", "-monitor", "none", "-no-reboot", "-nic", "none", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(cache.vmlinuz(&release))
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", &append])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .context("start qemu-system-x86_64")?;
+    let out = child.stdout.take().ok_or("no output of QEMU")?;
+    let (send, lines) = mpsc::channel::<Vec<u8>>();
+    let reader = std::thread::spawn(move || {
+        for line in BufReader::new(out).split(b'\n').map_while(std::io::Result::ok) {
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let until = Instant::now() + s.limit;
+    let mut verdict: Option<Result<()>> = None;
+    let mut emulator_crash = false;
+    let mut tail = std::collections::VecDeque::new();
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match lines.recv_timeout(left) {
+            Ok(line) => {
+                let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_string();
+                writeln!(file, "{line}").context("write the log")?;
+                emulator_crash |= line.contains("Oops: int3");
+                if let Some(at) = line.find(RESULT) {
+                    let text = &line[at + RESULT.len()..];
+                    // The first failure counts; an "ok" after it does not.
+                    let this = if text.trim() == "ok" { Ok(()) } else { Err(text.trim().to_string()) };
+                    verdict = Some(verdict.map_or(this.clone(), |v| v.and(this)));
+                } else if let Some(at) = line.find(STORY) {
+                    println!("{}", &line[at + STORY.len()..]);
+                } else if verbose {
+                    println!("{line}");
+                }
+                tail.push_back(line);
+                if tail.len() > 40 {
+                    tail.pop_front();
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                verdict = Some(Err(format!("not done within {:?}", s.limit)));
+                break;
+            }
+        }
+    }
+    wait_limited(&mut child, Duration::from_secs(if verdict.as_ref().is_some_and(Result::is_ok) { 10 } else { 0 }))?;
+    drop(lines);
+    reader.join().map_err(|_| "the reader of QEMU's output failed".to_string())?;
+    Ok(Run {
+        result: verdict.unwrap_or_else(|| Err("the machine ended without a verdict".into())),
+        log,
+        tail: tail.into_iter().collect::<Vec<_>>().join("\n"),
+        emulator_crash,
+    })
+}
