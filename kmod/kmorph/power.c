@@ -13,6 +13,7 @@
 #include <linux/delay.h>
 #include <linux/ktime.h>
 #include <linux/random.h>
+#include <linux/rcupdate.h>
 #include <asm/cpufeature.h>
 #include <asm/msr.h>
 
@@ -58,14 +59,16 @@ static void fill_page(struct kmorph_inst *inst, u32 mode)
 		data->cpu[i].apicid = inst->apicid[i];
 }
 
-static void init_cpus(struct kmorph_inst *inst, u64 mask)
+/* INIT; with @wait long enough for a SIPI to follow at once. */
+static void init_cpus(struct kmorph_inst *inst, u64 mask, bool wait)
 {
 	u32 i;
 
 	for (i = 0; i < inst->cpu_count; i++)
 		if (mask & BIT_ULL(i))
 			kmorph_init_assert(inst->apicid[i]);
-	usleep_range(INIT_WAIT_US, INIT_WAIT_US + 1000);
+	if (wait)
+		usleep_range(INIT_WAIT_US, INIT_WAIT_US + 500);
 	for (i = 0; i < inst->cpu_count; i++)
 		if (mask & BIT_ULL(i))
 			kmorph_init_deassert(inst->apicid[i]);
@@ -111,10 +114,10 @@ static u64 fence(struct kmorph_inst *inst)
 	unsigned int try;
 
 	for (try = 0; try < PARK_TRIES && stopped != all; try++) {
-		init_cpus(inst, all & ~stopped);
+		init_cpus(inst, all & ~stopped, true);
 		stopped |= park_cpus(inst, all & ~stopped);
 	}
-	init_cpus(inst, stopped);
+	init_cpus(inst, stopped, false);
 	return stopped;
 }
 
@@ -133,7 +136,7 @@ static void disown(struct kmorph_inst *inst)
 
 	for (i = 0; i < inst->cpu_count; i++)
 		kmorph_owner_clear(inst->apicid[i]);
-	synchronize_rcu();
+	synchronize_rcu_expedited();
 }
 
 static int own(struct kmorph_inst *inst)
@@ -160,7 +163,7 @@ static u32 boot_first_cpu(struct kmorph_inst *inst, u64 entry, u64 boot_params)
 	data->entry = entry;
 	data->rsi = boot_params;
 	smp_mb();
-	init_cpus(inst, BIT_ULL(0));
+	init_cpus(inst, BIT_ULL(0), true);
 	for (try = 0; try < 2 && !READ_ONCE(data->stage); try++) {
 		kmorph_sipi(inst->apicid[0], inst->slot->trampoline);
 		udelay(SIPI_WAIT_US);
