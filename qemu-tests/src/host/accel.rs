@@ -52,7 +52,10 @@ pub fn probe(cache: &Cache) -> Result<Accel> {
     }
     let works = boots(cache)?;
     let name = if works { "kvm" } else { "tcg" };
-    println!("acceleration: {name} (a stock kernel {} under /dev/kvm)", if works { "boots" } else { "does not boot" });
+    println!(
+        "acceleration: {name} (a stock kernel {} under /dev/kvm)",
+        if works { "boots" } else { "does not boot" }
+    );
     std::fs::write(&memo, format!("{} {name}", boot.trim())).context("remember the acceleration")?;
     Ok(if works { Accel::Kvm } else { Accel::Tcg })
 }
@@ -63,7 +66,19 @@ fn boots(cache: &Cache) -> Result<bool> {
     let initramfs = image::probe(cache, MARK)?;
     let mut child = Command::new("qemu-system-x86_64")
         .args(Accel::Kvm.args())
-        .args(["-smp", "2", "-m", "512M", "-display", "none", "-monitor", "none", "-no-reboot", "-serial", "stdio"])
+        .args([
+            "-smp",
+            "2",
+            "-m",
+            "512M",
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+        ])
         .arg("-kernel")
         .arg(cache.vmlinuz(&release))
         .arg("-initrd")

@@ -31,14 +31,17 @@ impl Cache {
     }
 
     fn kernels(&self) -> PathBuf {
-        std::env::var_os("KMORPH_CACHE").map_or_else(|| self.build.join("cache"), PathBuf::from).join("kernels")
+        std::env::var_os("KMORPH_CACHE")
+            .map_or_else(|| self.build.join("cache"), PathBuf::from)
+            .join("kernels")
     }
 
     /// The newest release of a series.
     pub fn release(&self, series: &str) -> Result<String> {
         let link = self.kernels().join(series);
-        let target = std::fs::read_link(&link)
-            .map_err(|e| format!("no kernel of series {series} ({}: {e}); run `make kernels`", link.display()))?;
+        let target = std::fs::read_link(&link).map_err(|e| {
+            format!("no kernel of series {series} ({}: {e}); run `make kernels`", link.display())
+        })?;
         Ok(target.file_name().unwrap_or(target.as_os_str()).to_string_lossy().into_owned())
     }
 
@@ -59,13 +62,21 @@ impl Cache {
     /// Our modules for it.
     pub fn own_module(&self, release: &str, name: &str) -> Result<PathBuf> {
         let path = self.build.join("modules").join(release).join(name);
-        if path.exists() { Ok(path) } else { Err(format!("{} is missing; run `make modules`", path.display())) }
+        if path.exists() {
+            Ok(path)
+        } else {
+            Err(format!("{} is missing; run `make modules`", path.display()))
+        }
     }
 
     /// A static binary of the workspace.
     pub fn binary(&self, name: &str) -> Result<PathBuf> {
         let path = self.build.join("static/x86_64-unknown-linux-gnu/release").join(name);
-        if path.exists() { Ok(path) } else { Err(format!("{} is missing; run `make binaries`", path.display())) }
+        if path.exists() {
+            Ok(path)
+        } else {
+            Err(format!("{} is missing; run `make binaries`", path.display()))
+        }
     }
 
     /// The module that hangs a kernel, built when its source is newer.
@@ -91,7 +102,10 @@ impl Cache {
             .output()
             .context("make")?;
         if !made.status.success() {
-            return Err(format!("building kmorph-hang.ko for {release}: {}", String::from_utf8_lossy(&made.stderr)));
+            return Err(format!(
+                "building kmorph-hang.ko for {release}: {}",
+                String::from_utf8_lossy(&made.stderr)
+            ));
         }
         Ok(out)
     }

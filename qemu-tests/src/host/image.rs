@@ -45,7 +45,10 @@ impl Image {
             }
             at.push_str(part);
             if self.dirs.insert(at.clone()) {
-                self.put(Builder::new(&at).mode(0o755).set_mode_file_type(ModeFileType::Directory).nlink(2), b"")?;
+                self.put(
+                    Builder::new(&at).mode(0o755).set_mode_file_type(ModeFileType::Directory).nlink(2),
+                    b"",
+                )?;
             }
         }
         Ok(())
@@ -67,12 +70,17 @@ impl Image {
         if let Some((dir, _)) = path.rsplit_once('/') {
             self.dir(dir)?;
         }
-        self.put(Builder::new(path).mode(0o777).set_mode_file_type(ModeFileType::Symlink).nlink(1), to.as_bytes())
+        self.put(
+            Builder::new(path).mode(0o777).set_mode_file_type(ModeFileType::Symlink).nlink(1),
+            to.as_bytes(),
+        )
     }
 
     fn busybox(&mut self) -> Result<()> {
         self.file("bin/busybox", 0o755, Path::new("/bin/busybox"))?;
-        for applet in ["sh", "mount", "insmod", "sleep", "cat", "ls", "echo", "poweroff", "grep", "seq", "dmesg"] {
+        for applet in
+            ["sh", "mount", "insmod", "sleep", "cat", "ls", "echo", "poweroff", "grep", "seq", "dmesg"]
+        {
             self.link(&format!("bin/{applet}"), "busybox")?;
         }
         Ok(())
@@ -107,7 +115,9 @@ fn store(path: PathBuf, bytes: &[u8]) -> Result<PathBuf> {
 pub fn probe(cache: &Cache, mark: &str) -> Result<PathBuf> {
     let mut i = Image::new()?;
     i.busybox()?;
-    let init = format!("#!/bin/sh\n/bin/mount -t proc proc /proc\necho {mark} >/dev/console\n/bin/busybox poweroff -f\n");
+    let init = format!(
+        "#!/bin/sh\n/bin/mount -t proc proc /proc\necho {mark} >/dev/console\n/bin/busybox poweroff -f\n"
+    );
     i.bytes("init", 0o755, init.as_bytes())?;
     store(cache.work("probe.cpio"), &i.finish()?)
 }

@@ -131,7 +131,10 @@ pub fn run(
             }
         }
     }
-    wait_limited(&mut child, Duration::from_secs(if verdict.as_ref().is_some_and(Result::is_ok) { 10 } else { 0 }))?;
+    wait_limited(
+        &mut child,
+        Duration::from_secs(if verdict.as_ref().is_some_and(Result::is_ok) { 10 } else { 0 }),
+    )?;
     drop(lines);
     reader.join().map_err(|_| "the reader of QEMU's output failed".to_string())?;
     Ok(Run {

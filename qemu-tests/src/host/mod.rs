@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::scenarios::{self, Scenario};
 use crate::Result;
+use crate::scenarios::{self, Scenario};
 
 pub use cache::Cache;
-pub use machine::MachineSpec;
+pub use machine::{MachineSpec, RESULT, STORY};
 
 /// Build images for all scenarios.
 pub fn build() -> Result<()> {
@@ -25,6 +25,7 @@ pub fn build() -> Result<()> {
 fn scenario(name: &str) -> Result<&'static Scenario> {
     scenarios::ALL
         .iter()
+        .copied()
         .find(|s| s.name == name)
         .ok_or_else(|| format!("there is no scenario {name:?}; `kmorph-qemu list` shows them"))
 }
@@ -44,7 +45,7 @@ pub fn bench() -> Result<()> {
 /// Run scenarios one after the other and print a table.
 pub fn run(names: &[String], verbose: bool) -> Result<()> {
     let chosen: Vec<&Scenario> = if names.is_empty() {
-        scenarios::ALL.iter().filter(|s| s.in_run).collect()
+        scenarios::ALL.iter().copied().filter(|s| s.in_run).collect()
     } else {
         names.iter().map(|n| scenario(n)).collect::<Result<_>>()?
     };
@@ -62,10 +63,19 @@ pub fn run(names: &[String], verbose: bool) -> Result<()> {
                 format!("FAILED: {e}")
             }
         };
-        rows.push(format!("{:<18} {:>6.1} s  retries {}  {verdict}", s.name, outcome.took.as_secs_f64(), outcome.retries));
+        rows.push(format!(
+            "{:<18} {:>6.1} s  retries {}  {verdict}",
+            s.name,
+            outcome.took.as_secs_f64(),
+            outcome.retries
+        ));
     }
     println!("\n{}", rows.join("\n"));
-    if failed.is_empty() { Ok(()) } else { Err(format!("{} of {} scenarios failed: {}", failed.len(), rows.len(), failed.join(", "))) }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("{} of {} scenarios failed: {}", failed.len(), rows.len(), failed.join(", ")))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -100,6 +110,12 @@ fn one(s: &Scenario, show: Show) -> Result<Outcome> {
             println!("   (the emulator's known int3 crash; retried once)");
             continue;
         }
-        return Ok(Outcome { result: run.result, log: run.log, tail: run.tail, took: began.elapsed(), retries });
+        return Ok(Outcome {
+            result: run.result,
+            log: run.log,
+            tail: run.tail,
+            took: began.elapsed(),
+            retries,
+        });
     }
 }

@@ -1,0 +1,48 @@
+//! The scenarios. To add one: a file with a `SCENARIO`, and its name here.
+
+mod bad_input;
+mod bench;
+mod boot_failures;
+mod high_memory;
+mod offlined;
+mod rounds;
+mod soak;
+mod story;
+mod swapped;
+mod two_cpus;
+
+use std::time::Duration;
+
+use crate::Result;
+use crate::guest::Guest;
+use crate::host::MachineSpec;
+
+/// A story told on one machine.
+pub struct Scenario {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// Whether `run` without names includes it.
+    pub in_run: bool,
+    /// The machine.
+    pub machine: fn() -> MachineSpec,
+    /// What happens inside its primary kernel.
+    pub guest: fn(&Guest) -> Result<()>,
+    /// Longest it may take.
+    pub limit: Duration,
+}
+
+/// All of them, in the order they run.
+pub const ALL: &[&Scenario] = &[
+    &story::SCENARIO,
+    &swapped::SCENARIO,
+    &two_cpus::SCENARIO,
+    &high_memory::SCENARIO,
+    &offlined::SCENARIO,
+    &boot_failures::SCENARIO,
+    &bad_input::SCENARIO,
+    &rounds::SCENARIO,
+    &soak::SCENARIO,
+    &bench::SCENARIO,
+];
