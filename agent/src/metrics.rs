@@ -51,7 +51,10 @@ fn parse_meminfo(text: &str) -> (u64, u64) {
 
 /// `some avg10=` of a pressure file (Documentation/accounting/psi.rst).
 fn parse_pressure(text: &str) -> Option<f64> {
-    text.lines().find(|l| l.starts_with("some"))?.split_ascii_whitespace().find_map(|w| w.strip_prefix("avg10=")?.parse().ok())
+    text.lines()
+        .find(|l| l.starts_with("some"))?
+        .split_ascii_whitespace()
+        .find_map(|w| w.strip_prefix("avg10=")?.parse().ok())
 }
 
 /// Takes the measurements.
@@ -102,9 +105,16 @@ impl Sampler {
             self.read("loadavg").split_ascii_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0.0);
         let (total, available) = parse_meminfo(&self.read("meminfo"));
         Metrics {
-            cpu: Some(CpuMetrics { online: now.cpus, busy_percent: busy, load1, pressure: self.pressure("cpu") }),
+            cpu: Some(CpuMetrics {
+                online: now.cpus,
+                busy_percent: busy,
+                load1,
+                pressure: self.pressure("cpu"),
+            }),
             memory: Some(MemoryMetrics { total, available, pressure: self.pressure("memory") }),
-            io: self.probe().map(|t| IoMetrics { probe_us: t.as_micros() as u64, pressure: self.pressure("io") }),
+            io: self
+                .probe()
+                .map(|t| IoMetrics { probe_us: t.as_micros() as u64, pressure: self.pressure("io") }),
         }
     }
 }
@@ -113,7 +123,8 @@ impl Sampler {
 mod tests {
     use super::*;
 
-    const STAT: &str = "cpu  10 0 20 60 10 0 0 0 5 0\ncpu0 5 0 10 30 5 0 0 0 0 0\ncpu1 5 0 10 30 5 0 0 0 0 0\nintr 5\n";
+    const STAT: &str =
+        "cpu  10 0 20 60 10 0 0 0 5 0\ncpu0 5 0 10 30 5 0 0 0 0 0\ncpu1 5 0 10 30 5 0 0 0 0 0\nintr 5\n";
 
     #[test]
     fn cpu_share_is_what_was_not_idle() {
@@ -130,7 +141,8 @@ mod tests {
         let text = "MemTotal:         226972 kB\nMemFree: 1 kB\nMemAvailable:     200000 kB\n";
         assert_eq!(parse_meminfo(text), (226_972 * 1024, 200_000 * 1024));
         assert_eq!(parse_meminfo("nonsense"), (0, 0));
-        let psi = "some avg10=1.25 avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0\n";
+        let psi =
+            "some avg10=1.25 avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 avg60=0 avg300=0 total=0\n";
         assert_eq!(parse_pressure(psi), Some(1.25));
         assert_eq!(parse_pressure(""), None);
     }

@@ -20,18 +20,26 @@ const SELF: &str = "/.kmorph/agent";
 
 /// What the kernel command line says to the agent.
 #[derive(Debug, PartialEq, Eq)]
-struct Cmdline {
+pub struct Cmdline {
     control: Option<u64>,
+    /// Number of this instance.
+    pub instance: u16,
+    /// Which of its lives this is.
+    pub incarnation: u64,
     init: String,
 }
 
 fn parse(line: &str) -> Cmdline {
     // What follows "--" is for init.
     let words = line.split_ascii_whitespace().take_while(|w| *w != "--");
-    let mut out = Cmdline { control: None, init: "/init".into() };
+    let mut out = Cmdline { control: None, instance: 0, incarnation: 0, init: "/init".into() };
     for word in words {
         if let Some(v) = word.strip_prefix("kmorph.control=") {
             out.control = u64::from_str_radix(v.trim_start_matches("0x"), 16).ok();
+        } else if let Some(v) = word.strip_prefix("kmorph.instance=") {
+            out.instance = v.parse().unwrap_or(0);
+        } else if let Some(v) = word.strip_prefix("kmorph.incarnation=") {
+            out.incarnation = v.parse().unwrap_or(0);
         } else if let Some(v) = word.strip_prefix("rdinit=")
             && v != SELF
         {
@@ -52,14 +60,17 @@ pub fn run() -> ExitCode {
     let line = std::fs::read_to_string(Path::new(PROC).join("cmdline")).unwrap_or_default();
     let cmdline = parse(&line);
     match cmdline.control {
-        None => kmsg::log(kmsg::ERROR, "no kmorph.control= on the command line: this kernel was not started by kmorphd"),
+        None => kmsg::log(
+            kmsg::ERROR,
+            "no kmorph.control= on the command line: this kernel was not started by kmorphd",
+        ),
         Some(control) => match modules::load_all(Path::new(MODULES), control) {
             Ok(n) => kmsg::log(kmsg::INFO, &format!("{n} modules loaded")),
             Err(e) => kmsg::log(kmsg::ERROR, &e),
         },
     }
     match split() {
-        Ok(Some(ready)) => serve::run(ready),
+        Ok(Some(ready)) => serve::run(ready, &cmdline),
         Ok(None) => become_init(&cmdline.init),
         Err(e) => {
             kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
@@ -134,8 +145,16 @@ mod tests {
 
     #[test]
     fn finds_control_page_and_the_users_init() {
-        let line = "quiet rdinit=/sbin/my-init a tsc_early_khz=1 kmorph.control=0x40080000 rdinit=/.kmorph/agent -- rdinit=/no";
-        assert_eq!(parse(line), Cmdline { control: Some(0x4008_0000), init: "/sbin/my-init".into() });
-        assert_eq!(parse("kmorph.control=zz"), Cmdline { control: None, init: "/init".into() });
+        let line = "quiet rdinit=/sbin/my-init a kmorph.control=0x40080000 kmorph.instance=3 kmorph.incarnation=12 \
+                    rdinit=/.kmorph/agent -- rdinit=/no kmorph.instance=9";
+        let want = Cmdline {
+            control: Some(0x4008_0000),
+            instance: 3,
+            incarnation: 12,
+            init: "/sbin/my-init".into(),
+        };
+        assert_eq!(parse(line), want);
+        assert_eq!(parse("kmorph.control=zz").control, None);
+        assert_eq!(parse("").init, "/init");
     }
 }

@@ -63,7 +63,15 @@ pub(super) fn prepare(inner: &Inner, r: &BootRequest) -> Result<Prepared, Platfo
 }
 
 fn parts<'a>(inner: &Inner, r: &BootRequest, control: u64, user: &'a str) -> CmdlineParts<'a> {
-    CmdlineParts { tsc_khz: inner.tsc_khz, control, cpus: r.spec.cpus.len(), agent: AGENT, user }
+    CmdlineParts {
+        tsc_khz: inner.tsc_khz,
+        control,
+        instance: r.spec.id.0,
+        incarnation: r.incarnation,
+        cpus: r.spec.cpus.len(),
+        agent: AGENT,
+        user,
+    }
 }
 
 fn check_cpus(inner: &Inner, r: &BootRequest) -> Result<(), PlatformError> {

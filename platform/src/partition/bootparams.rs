@@ -29,6 +29,10 @@ pub struct CmdlineParts<'a> {
     pub tsc_khz: u32,
     /// Physical address of the control area.
     pub control: u64,
+    /// Number of the instance.
+    pub instance: u16,
+    /// Which of its lives this is.
+    pub incarnation: u64,
     /// CPUs of the instance.
     pub cpus: usize,
     /// Path of the agent in the initramfs.
@@ -54,8 +58,8 @@ pub fn cmdline(parts: &CmdlineParts<'_>, image: &BzImage) -> Result<String, Plat
         own.push_str(&format!(" disable_cpu_apicid={:#x}", super::acpi::SACRIFICIAL_APIC_ID));
     }
     own.push_str(&format!(
-        " tsc_early_khz={} kmorph.control={:#x} rdinit={}",
-        parts.tsc_khz, parts.control, parts.agent
+        " tsc_early_khz={} kmorph.control={:#x} kmorph.instance={} kmorph.incarnation={} rdinit={}",
+        parts.tsc_khz, parts.control, parts.instance, parts.incarnation, parts.agent
     ));
     // Before "--": what follows it goes to init.
     match line.find(" -- ") {
@@ -135,6 +139,8 @@ mod tests {
     fn command_line_keeps_own_words_last_and_checks_length() {
         let (image, _) = parse("k", &sample()).unwrap();
         let parts = CmdlineParts {
+            instance: 1,
+            incarnation: 4,
             tsc_khz: 1_000_000,
             control: 0x4008_0000,
             cpus: 2,
@@ -143,18 +149,40 @@ mod tests {
         };
         let line = cmdline(&parts, &image).unwrap();
         assert!(
-            line.ends_with("tsc_early_khz=1000000 kmorph.control=0x40080000 rdinit=/.kmorph/agent"),
+            line.ends_with("tsc_early_khz=1000000 kmorph.control=0x40080000 kmorph.instance=1 kmorph.incarnation=4 rdinit=/.kmorph/agent"),
             "{line}"
         );
         assert!(line.contains(" quiet a=b disable_cpu_apicid=0xfe "), "{line}");
         let with_args = cmdline(&CmdlineParts { user: "quiet -- single", ..parts }, &image).unwrap();
         assert!(with_args.ends_with("rdinit=/.kmorph/agent -- single"), "{with_args}");
         let long = "x".repeat(2100);
-        let e = cmdline(&CmdlineParts { tsc_khz: 1, control: 0, cpus: 1, agent: "/a", user: &long }, &image)
-            .unwrap_err();
+        let e = cmdline(
+            &CmdlineParts {
+                instance: 1,
+                incarnation: 4,
+                tsc_khz: 1,
+                control: 0,
+                cpus: 1,
+                agent: "/a",
+                user: &long,
+            },
+            &image,
+        )
+        .unwrap_err();
         assert!(e.to_string().contains("too many"), "{e}");
-        let e = cmdline(&CmdlineParts { tsc_khz: 1, control: 0, cpus: 1, agent: "/a", user: "a\nb" }, &image)
-            .unwrap_err();
+        let e = cmdline(
+            &CmdlineParts {
+                instance: 1,
+                incarnation: 4,
+                tsc_khz: 1,
+                control: 0,
+                cpus: 1,
+                agent: "/a",
+                user: "a\nb",
+            },
+            &image,
+        )
+        .unwrap_err();
         assert!(e.to_string().contains("printable"), "{e}");
     }
 }

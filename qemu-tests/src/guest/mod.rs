@@ -10,7 +10,6 @@ use kmorph_control::{
     Client, DaemonView, HeartbeatView, InstanceState, InstanceView, Next, RecoveryLogArgs, RecoveryStep,
     Request,
 };
-use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, timeout};
@@ -141,17 +140,6 @@ impl Guest {
             }
             None => Ok(done.err),
         }
-    }
-
-    /// kmorphctl's JSON.
-    pub fn json(&self, args: &[&str]) -> Result<Value> {
-        let mut all = vec!["--output=json"];
-        all.extend(args);
-        let done = self.command("kmorphctl", &all)?;
-        if done.code != 0 {
-            return Err(format!("kmorphctl {}: {}{}", args.join(" "), done.out, done.err));
-        }
-        serde_json::from_str(&done.out).context("kmorphctl's JSON")
     }
 
     async fn call<T: serde::de::DeserializeOwned>(request: &Request) -> Result<T> {

@@ -76,11 +76,8 @@ fn panic_image() -> Result<()> {
     let busybox = std::fs::read("/bin/busybox").context("read busybox")?;
     let script = b"#!/bin/busybox sh\nexit 7\n";
     let mut out = Vec::new();
-    for dir in ["bin"] {
-        let w =
-            Builder::new(dir).mode(0o755).set_mode_file_type(ModeFileType::Directory).nlink(2).write(out, 0);
-        out = w.finish().context("write an archive")?;
-    }
+    let dir = Builder::new("bin").mode(0o755).set_mode_file_type(ModeFileType::Directory).nlink(2);
+    out = dir.write(out, 0).finish().context("write an archive")?;
     for (name, bytes) in [("bin/busybox", busybox.as_slice()), ("init", script.as_slice())] {
         let b = Builder::new(name).mode(0o755).set_mode_file_type(ModeFileType::Regular).nlink(1);
         let mut w = b.write(out, bytes.len() as u32);

@@ -8,6 +8,7 @@ mod offlined;
 mod rounds;
 mod soak;
 mod story;
+mod substrate;
 mod swapped;
 mod two_cpus;
 
@@ -36,6 +37,7 @@ pub struct Scenario {
 /// All of them, in the order they run.
 pub const ALL: &[&Scenario] = &[
     &story::SCENARIO,
+    &substrate::SCENARIO,
     &swapped::SCENARIO,
     &two_cpus::SCENARIO,
     &high_memory::SCENARIO,
