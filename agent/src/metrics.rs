@@ -89,13 +89,6 @@ impl Sampler {
         Some(began.elapsed())
     }
 
-    /// Nanoseconds since this kernel booted.
-    pub fn uptime_ns(&self) -> u64 {
-        let text = self.read("uptime");
-        let seconds: f64 = text.split_ascii_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0.0);
-        (seconds * 1e9) as u64
-    }
-
     /// Measure. CPU load is the share since the call before.
     pub fn sample(&mut self) -> Metrics {
         let now = parse_stat(&self.read("stat"));
@@ -156,6 +149,5 @@ mod tests {
         let memory = m.memory.unwrap();
         assert!(memory.total > 0 && memory.available <= memory.total);
         assert!(m.io.is_some());
-        assert!(s.uptime_ns() > 0);
     }
 }

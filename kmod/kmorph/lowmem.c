@@ -75,6 +75,7 @@ static void refuse_blob(phys_addr_t signature)
 
 int kmorph_lowmem_init(void)
 {
+	phys_addr_t addr;
 	u32 *low;
 	unsigned int i;
 
@@ -89,13 +90,16 @@ int kmorph_lowmem_init(void)
 		slot->usable = range_free(slot->trampoline, PAGE_SIZE) &&
 			       range_free(slot->base, slot->size);
 	}
-	low = kmorph_map(SCAN_BASE, SCAN_END - SCAN_BASE);
-	if (!low)
-		return -ENOMEM;
-	for (i = 0; i < (SCAN_END - SCAN_BASE) / sizeof(u32); i++)
-		if (READ_ONCE(low[i]) == BLOB_SIGNATURE)
-			refuse_blob(SCAN_BASE + i * sizeof(u32));
-	kmorph_unmap(low);
+	/* Page by page: a mapping cannot span reserved memory and RAM. */
+	for (addr = SCAN_BASE; addr < SCAN_END; addr += PAGE_SIZE) {
+		low = kmorph_map(addr, PAGE_SIZE);
+		if (!low)
+			return -ENOMEM;
+		for (i = 0; i < PAGE_SIZE / sizeof(u32); i++)
+			if (READ_ONCE(low[i]) == BLOB_SIGNATURE)
+				refuse_blob(addr + i * sizeof(u32));
+		kmorph_unmap(low);
+	}
 
 	for (i = 0; i < ARRAY_SIZE(slots); i++)
 		usable_slots += slots[i].usable;
