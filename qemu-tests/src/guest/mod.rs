@@ -10,10 +10,9 @@ use kmorph_control::{
     Client, DaemonView, HeartbeatView, InstanceState, InstanceView, Next, RecoveryLogArgs, RecoveryStep,
     Request,
 };
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::AsyncBufReadExt;
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, timeout};
-use tokio_vsock::{VsockAddr, VsockStream};
 
 use crate::host::{RESULT, STORY};
 use crate::{Context, Result, scenarios};
@@ -218,12 +217,10 @@ impl Guest {
         self.wait(async {
             let what = format!("workload of CID {cid}: {line}");
             let talk = async {
-                let stream = VsockStream::connect(VsockAddr::new(cid, tool::PORT)).await?;
-                let mut stream = BufReader::new(stream);
-                stream.write_all(format!("{line}\n").as_bytes()).await?;
+                let mut stream = tool::open_raw(cid, line).await?;
                 let mut answer = String::new();
-                stream.read_line(&mut answer).await?;
-                std::io::Result::Ok(answer.trim().to_string())
+                stream.read_line(&mut answer).await.context("read the answer")?;
+                Result::Ok(answer.trim().to_string())
             };
             timeout(COMMAND_LIMIT, talk).await.map_err(|_| format!("{what}: no answer"))?.context(&what)
         })

@@ -11,6 +11,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::time::{Instant, sleep};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use crate::{Context, Result};
@@ -18,6 +19,7 @@ use crate::{Context, Result};
 /// Where it listens.
 pub const PORT: u32 = 7000;
 const CHUNK: usize = 64 << 10;
+const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 
 /// Serve for ever.
 pub fn serve() -> Result<()> {
@@ -229,10 +231,24 @@ pub async fn churn(cid: u32) -> Result<()> {
     if back == buf { Ok(()) } else { Err("the echo differs".into()) }
 }
 
+/// Connect to a workload. It listens a moment after its kernel is healthy, and nothing but trying
+/// tells when.
+pub async fn dial(cid: u32) -> Result<VsockStream> {
+    let until = Instant::now() + LISTENS_WITHIN;
+    loop {
+        match VsockStream::connect(VsockAddr::new(cid, PORT)).await {
+            Ok(stream) => return Ok(stream),
+            Err(e) if Instant::now() > until => {
+                return Err(format!("connect to the workload of CID {cid}: {e}"));
+            }
+            Err(_) => sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
 /// Connect to a workload and say the first line, without waiting for an answer.
 pub async fn open_raw(cid: u32, line: &str) -> Result<BufReader<VsockStream>> {
-    let stream = VsockStream::connect(VsockAddr::new(cid, PORT)).await.context("connect")?;
-    let mut stream = BufReader::with_capacity(CHUNK, stream);
+    let mut stream = BufReader::with_capacity(CHUNK, dial(cid).await?);
     answer(&mut stream, line).await?;
     Ok(stream)
 }

@@ -12,7 +12,7 @@ use kmp::io::Connection;
 use kmp::message::{HeartbeatReq, Hello, Message};
 use kmp::session::Event;
 use tokio::sync::mpsc::Receiver;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::Scenario;
 use crate::guest::{Guest, WORKLOAD};
@@ -125,7 +125,15 @@ async fn crash() -> Result<()> {
 
 async fn heartbeat(g: &Guest, p: &Partition, incarnation: u64) -> Result<()> {
     let limit = Duration::from_secs(5);
-    let stream = p.connect(ID, incarnation, kmp::PORT).await.context("connect")?;
+    // The agent listens a moment after the link is up; nothing but trying tells when.
+    let until = Instant::now() + Duration::from_secs(20);
+    let stream = loop {
+        match p.connect(ID, incarnation, kmp::PORT).await {
+            Ok(stream) => break stream,
+            Err(e) if Instant::now() > until => return Err(e.to_string()),
+            Err(_) => sleep(Duration::from_millis(20)).await,
+        }
+    };
     let target = Hello { instance: ID.0, incarnation, ..Hello::default() };
     let (mut c, peer) = Connection::connect(stream, target, || 0, limit).await.context("HELLO")?;
     c.queue(1, &HeartbeatReq { metrics: true }.into()).context("queue")?;
