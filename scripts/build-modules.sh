@@ -37,9 +37,8 @@ for release in "${releases[@]}"; do
 	rm -rf "$src" "$out/.stamp"
 	mkdir -p "$src"
 	(cd "$KMORPH_ROOT/kmod" && sources | cpio -pdm --quiet "$src")
-	# No type information in the modules: that would need pahole on the host.
-	step "make modules for $release" make -k -C "$headers" M="$src" \
-		${CC:+CC="$CC"} KMORPH_WERROR="${KMORPH_WERROR:-1}" CONFIG_DEBUG_INFO_BTF_MODULES= -j"$(nproc)" modules
+	step "make modules for $release" make -k -C "$src" KDIR="$headers" \
+		${CC:+CC="$CC"} KMORPH_WERROR="${KMORPH_WERROR:-1}" -j"$(nproc)" modules
 	for module in kmorph.ko kerf-vsock.ko; do
 		[ -e "$src/$module" ] || die "step failed: $module was not built for $release"
 		mv "$src/$module" "$out/$module.new"

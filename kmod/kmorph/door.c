@@ -30,8 +30,6 @@
 #define DOOR_VECTOR_MIN	0x20
 #define DOOR_VECTOR_MAX	0xef
 
-/* More rings a second than this are a storm: the doorbell rests. */
-#define STORM_RATE	400000
 #define STORM_REST_MS	10
 
 static struct door {
@@ -47,6 +45,10 @@ static struct door {
 static unsigned int door_cpu;
 module_param(door_cpu, uint, 0444);
 MODULE_PARM_DESC(door_cpu, "CPU that takes the doorbell at first (default 0)");
+
+static unsigned int storm_rate = 400000;
+module_param(storm_rate, uint, 0644);
+MODULE_PARM_DESC(storm_rate, "rings a second that are a storm: the doorbell then rests for 10 ms");
 
 module_param_named(door_moves, door.moves, ullong, 0444);
 MODULE_PARM_DESC(door_moves, "how often the doorbell has moved (read only)");
@@ -213,7 +215,7 @@ static bool storming(void)
 		door.window = now;
 		door.rings = 0;
 	}
-	return ++door.rings > STORM_RATE / HZ;
+	return ++door.rings > max(READ_ONCE(storm_rate) / HZ, 16U);
 }
 
 static irqreturn_t door_hard(int irq, void *data)

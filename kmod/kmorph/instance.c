@@ -209,6 +209,7 @@ int kmorph_instance_create(struct kmorph_instance *req)
 	inst->cpu_count = req->cpu_count;
 	memcpy(inst->apicid, req->apicid, req->cpu_count * sizeof(u32));
 
+	kmorph_links_reap();
 	mutex_lock(&kmorph_lock);
 	ret = claim(inst);
 	if (ret)

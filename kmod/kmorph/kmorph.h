@@ -174,6 +174,7 @@ int kmorph_link_del(struct kmorph_link_req *req);
 void kmorph_links_stop(struct kmorph_inst *inst);
 int kmorph_links_forget(struct kmorph_inst *inst);
 int kmorph_links_settle(struct kmorph_inst *inst);
+void kmorph_links_reap(void);
 void kmorph_links_write(struct kmorph_inst *inst);
 bool kmorph_link_covers(u64 base, u64 size);
 int kmorph_primary_link_register(const struct kmorph_link_ops *ops);

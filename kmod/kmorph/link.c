@@ -156,7 +156,8 @@ static bool unanswered(u32 id, bool *hopeless)
 	inst = kmorph_inst_get(id);
 	if (!inst)
 		return false;
-	if (inst->state == KMORPH_INST_RUNNING || inst->state == KMORPH_INST_STUCK) {
+	if (READ_ONCE(inst->state) == KMORPH_INST_RUNNING ||
+	    READ_ONCE(inst->state) == KMORPH_INST_STUCK) {
 		u32 state = smp_load_acquire(&ctl_instance(inst)->state);
 
 		/* Not there yet: it will read the table as it is now. */
@@ -235,20 +236,18 @@ static int bring_up(struct link *link)
 	return 0;
 }
 
-static bool settle_all(u32 id, bool wait)
+/*
+ * Forget the dead links whose areas are free, waiting for those of one kernel
+ * (or none). Called with link_mutex held.
+ */
+static void reap(u32 wait_for)
 {
 	struct link *link, *next;
-	bool all = true;
 
-	list_for_each_entry_safe(link, next, &links, list) {
-		if (link->life != LINK_DEAD || !involves(link, id))
-			continue;
-		if (settled(link, wait))
+	list_for_each_entry_safe(link, next, &links, list)
+		if (link->life == LINK_DEAD &&
+		    settled(link, wait_for && involves(link, wait_for)))
 			forget(link);
-		else
-			all = false;
-	}
-	return all;
 }
 
 /* Where may the area of a link lie? Called with link_mutex and kmorph_lock held. */
@@ -298,9 +297,9 @@ static int add_locked(struct kmorph_link_req *req, struct kmorph_inst *a, struct
 
 	if (ret)
 		return ret;
-	settle_all(req->id_b, true);
+	reap(req->id_b);
 	if (a)
-		settle_all(req->id_a, true);
+		reap(req->id_a);
 	link = find_pair(req->id_a, req->id_b);
 	if (link)
 		return link->life == LINK_DEAD ? -EBUSY : -EEXIST;
@@ -394,28 +393,37 @@ void kmorph_links_stop(struct kmorph_inst *inst)
 	mutex_unlock(&link_mutex);
 }
 
-/* Before a start: what is left of an earlier life must be over; -EBUSY if not. */
+/*
+ * Before the region gets another use: is this kernel out of the areas in it?
+ * Areas between instances lie elsewhere. -EBUSY if not.
+ */
 int kmorph_links_settle(struct kmorph_inst *inst)
 {
-	bool all;
+	struct link *link;
+	int ret = 0;
 
 	mutex_lock(&link_mutex);
-	all = settle_all(inst->id, true);
+	reap(0);
+	list_for_each_entry(link, &links, list)
+		if (link->id[0] == KMORPH_PRIMARY_ID && link->id[1] == inst->id && link->busy)
+			ret = -EBUSY;
 	mutex_unlock(&link_mutex);
-	return all ? 0 : -EBUSY;
+	return ret;
 }
 
-/* Before the end of the instance: drop its links. -EBUSY while one is in use. */
+/* Before the end of the instance: end its links. -EBUSY while one is in use. */
 int kmorph_links_forget(struct kmorph_inst *inst)
 {
-	struct link *link;
-
-	mutex_lock(&link_mutex);
-	list_for_each_entry(link, &links, list)
-		if (involves(link, inst->id) && link->life != LINK_DEAD)
-			kill_link(link);
-	mutex_unlock(&link_mutex);
+	kmorph_links_stop(inst);
 	return kmorph_links_settle(inst);
+}
+
+/* Forget the links that nobody can use any more. */
+void kmorph_links_reap(void)
+{
+	mutex_lock(&link_mutex);
+	reap(0);
+	mutex_unlock(&link_mutex);
 }
 
 int kmorph_primary_link_register(const struct kmorph_link_ops *ops)

@@ -212,6 +212,7 @@ int kmorph_pool_remove(struct kmorph_pool *req)
 
 	if (!kmorph_range_ok(req->base, req->size))
 		return -EINVAL;
+	kmorph_links_reap();
 	mutex_lock(&kmorph_lock);
 	list_for_each_entry(range, &ranges, list) {
 		if (range->base != req->base || range->size != req->size)

@@ -271,13 +271,14 @@ static bool cut_off(struct kv_area *area, u32 ch)
 	sk = sk_vsock(vsk);
 	local_bh_disable();
 	bh_lock_sock(sk);
-	if (!sock_owned_by_user(sk)) {
+	if (READ_ONCE(area->channel[ch].vsk) != vsk) {
+		off = true;	/* let go of meanwhile */
+	} else if (!sock_owned_by_user(sk)) {
 		/* connect() clears sk_err on its way to sleep: say it again. */
 		sk->sk_err = ECONNRESET;
 		if (sk->sk_state == TCP_SYN_SENT)
 			sk->sk_state = TCP_CLOSE;
-		if (kv_sock(vsk) && kv_sock(vsk)->area == area)
-			kv_detach(kv_sock(vsk), 0);
+		kv_detach(kv_sock(vsk), 0);
 		sk_error_report(sk);
 		off = true;
 	}

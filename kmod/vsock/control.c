@@ -158,7 +158,8 @@ static void handle_word(struct kv_area *area, u32 ch, u32 word)
 		return;
 	sk = sk_vsock(vsk);
 	lock_sock(sk);
-	if (kv_sock(vsk) && kv_sock(vsk)->area == area && kv_sock(vsk)->ch == ch)
+	/* Ties change under the socket lock only. */
+	if (READ_ONCE(area->channel[ch].vsk) == vsk)
 		apply(sk, vsk, word);
 	release_sock(sk);
 	sock_put(sk);
