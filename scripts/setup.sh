@@ -20,8 +20,13 @@ needs=(
 	bc:bc
 	flock:util-linux
 	/usr/include/libelf.h:libelf-dev
+	/usr/lib/x86_64-linux-gnu/libc.a:libc6-dev
 )
 
+command -v cargo >/dev/null || {
+	say "missing: cargo, Rust 1.90 or newer (https://rustup.rs, or Debian's cargo where it is new enough)"
+	exit 3
+}
 missing=()
 for need in "${needs[@]}"; do
 	what=${need%%:*}

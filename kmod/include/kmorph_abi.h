@@ -136,6 +136,15 @@ struct kmorph_instance {
 	__u64 stopped_cpus;	/* out: bit n: apicid[n] was seen stopped */
 };
 
+/*
+ * KMORPH_CPU_ASSIGN gives one more taken CPU (apicid) to an instance that
+ * exists (instance), running or not: its kernel may then online it. It is
+ * fenced with the others. KMORPH_CPU_WITHDRAW takes one back to TAKEN, once
+ * the instance's kernel has offlined it, and makes it prove that it has left:
+ * EBUSY for the boot CPU and for one whose pulse says online, ETIMEDOUT when
+ * it did not confirm (it then stays with the instance).
+ */
+
 /* KMORPH_INSTANCE_LIST: ids of all instances the module holds. */
 struct kmorph_instance_list {
 	struct kmorph_head head;
@@ -217,7 +226,7 @@ struct kmorph_event {
 	__u32 instance;
 	__u32 cpu;		/* index of the CPU in the instance, where known */
 	__u64 incarnation;
-	__u64 tsc;		/* when it happened, by the instance's own stamp where it gave one */
+	__u64 tsc;		/* when it happened; the instance's own stamp if it gave one */
 	__u64 seen_ns;		/* CLOCK_MONOTONIC when the primary saw it */
 	__u64 data;
 	char text[KMORPH_TEXT];
@@ -241,6 +250,8 @@ struct kmorph_event {
 #define KMORPH_LINK_ADD		_IOWR(KMORPH_IOC, 0x0f, struct kmorph_link_req)
 #define KMORPH_LINK_DEL		_IOWR(KMORPH_IOC, 0x10, struct kmorph_link_req)
 #define KMORPH_DOOR		_IOWR(KMORPH_IOC, 0x11, struct kmorph_door_req)
+#define KMORPH_CPU_ASSIGN	_IOWR(KMORPH_IOC, 0x12, struct kmorph_cpu)
+#define KMORPH_CPU_WITHDRAW	_IOWR(KMORPH_IOC, 0x13, struct kmorph_cpu)
 
 /*
  * mmap(): offset = physical address. Only ranges inside the pool, and the low

@@ -57,7 +57,7 @@ struct kmorph_ctl_link {
 	__u32 peer_id;
 	__u32 epoch;
 	__u32 state;		/* enum kmorph_link_state, written last */
-	__u32 peer_apicids[8];	/* bitmap: where the peer's doorbell may be; empty for the primary */
+	__u32 peer_apicids[8];	/* bitmap: where the peer's door may be; 0: primary */
 	__u32 reserved;
 };
 

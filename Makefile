@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make demo   two real kernels run, crash, hang and are healed, on one QEMU machine
+# make test   everything: formatting, lints, unit and property tests, the QEMU scenarios
+# make bench  every number of SPECIFICATION.md, measured, beside its promise
+#
+# KMORPH_BUILD moves build/ elsewhere, KMORPH_QEMU_ACCEL=kvm|tcg skips the probe.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+QEMU := build/static/x86_64-unknown-linux-gnu/release/kmorph-qemu
+
+.PHONY: all demo test bench scenarios unit lint setup kernels modules binaries clean
+
+all: modules binaries
+
+demo: modules binaries
+	@$(QEMU) demo
+
+test: lint unit scenarios
+
+bench: modules binaries
+	cargo bench --locked -p kmp --bench heartbeat
+	@$(QEMU) bench
+
+scenarios: modules binaries
+	@$(QEMU) run
+
+unit: setup
+	cargo test --locked --workspace
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	scripts/checks.sh
+
+setup:
+	@scripts/setup.sh
+
+kernels: setup
+	@scripts/kernels.sh
+
+modules: kernels
+	@scripts/build-modules.sh
+
+binaries: setup
+	@scripts/static.sh
+
+clean:
+	rm -rf build/qemu build/modules build/static target

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# checks.sh - rules of this repository that no compiler knows: file lengths,
+# ignored tests, unfinished marks, and the form of the kernel sources.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+cd "$KMORPH_ROOT"
+bad=0
+report() { printf '%s\n' "$*" >&2; bad=1; }
+
+while read -r lines file; do
+	[ "$file" = total ] || [ "$lines" -le 800 ] || report "$file: $lines lines; 800 are the limit"
+done < <(git ls-files '*.rs' '*.c' '*.h' '*.S' | xargs wc -l)
+
+while read -r hit; do report "unfinished or ignored: $hit"; done < <(
+	git grep -nE 'todo!\(|unimplemented!\(|#\[ignore|FIXME|XXX' -- '*.rs' '*.c' '*.h' '*.S' || true)
+
+while read -r file; do
+	head -n 2 "$file" | grep -q 'SPDX-License-Identifier: GPL-2.0' || report "$file: no GPL-2.0 SPDX line"
+	! grep -nE '[[:space:]]+$' "$file" /dev/null || report "$file: blanks at the end of a line"
+	! grep -nE '^ +[^ *]' "$file" /dev/null || report "$file: indented with blanks; kernel code is indented with tabs"
+	# Tabs count as eight columns, as in the kernel.
+	while read -r hit; do report "$file: longer than 100 columns: $hit"; done < <(
+		expand -t 8 "$file" | awk 'length > 100 {print NR}')
+done < <(git ls-files 'kmod/*.c' 'kmod/*.h' 'kmod/*.S' 'qemu-tests/*.c')
+
+exit $bad
