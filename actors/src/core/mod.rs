@@ -1,0 +1,6 @@
+//! The decisions, as pure state machines.
+
+pub mod health;
+pub mod policy;
+pub mod recovery;
+pub mod supervisor;
