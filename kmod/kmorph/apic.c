@@ -41,7 +41,7 @@ void kmorph_icr(u32 apicid, u32 low)
 		wrmsrl(X2APIC_ICR_MSR, (u64)apicid << 32 | low);
 		return;
 	}
-	mb();
+	mb();	/* what the target is to see comes first */
 	local_irq_save(flags);
 	icr_wait_idle();
 	native_apic_mem_write(APIC_ICR2, SET_XAPIC_DEST_FIELD(apicid));

@@ -59,6 +59,23 @@ void kmorph_ctl_format(struct kmorph_inst *inst)
 	smp_store_release(&ctl->magic, KMORPH_CTL_MAGIC);
 }
 
+void kmorph_ctl_cpu_count(struct kmorph_inst *inst)
+{
+	WRITE_ONCE(ctl_primary(inst)->cpu_count, inst->cpu_count);
+}
+
+/* Does the instance say that it runs on this CPU? */
+bool kmorph_ctl_cpu_online(struct kmorph_inst *inst, u32 apicid)
+{
+	struct kmorph_ctl_pulse *line = inst->ctl + KMORPH_CTL_OFF_PULSE;
+	unsigned int i;
+
+	for (i = 0; i < KMORPH_CTL_CPUS; i++)
+		if (READ_ONCE(line[i].online) && READ_ONCE(line[i].apicid) == apicid)
+			return true;
+	return false;
+}
+
 /* From now on the doorbell's address is kept up to date there, and notices are seen. */
 void kmorph_ctl_watch(struct kmorph_inst *inst)
 {
@@ -108,7 +125,8 @@ bool kmorph_ctl_hard(void)
 
 	raw_spin_lock(&ctl_lock);
 	for (i = 0; i < ARRAY_SIZE(watched); i++)
-		if (watched[i] && READ_ONCE(ctl_instance(watched[i])->notices) != watched[i]->notices)
+		if (watched[i] &&
+		    READ_ONCE(ctl_instance(watched[i])->notices) != watched[i]->notices)
 			news = true;
 	raw_spin_unlock(&ctl_lock);
 	return news;

@@ -186,3 +186,12 @@ void kmorph_cpu_unlend(u32 apicid, u32 instance)
 	if (cpu >= 0 && owner[cpu] == instance)
 		WRITE_ONCE(owner[cpu], 0);
 }
+
+/* Fill in what is known of req->apicid. Called with kmorph_lock held. */
+void kmorph_cpu_describe(struct kmorph_cpu *req)
+{
+	int cpu = find_cpu(req->apicid);
+
+	if (cpu >= 0)
+		describe(cpu, req);
+}

@@ -49,6 +49,8 @@ HANDLER(pool_list, kmorph_pool_list);
 HANDLER(cpu_take, kmorph_cpu);
 HANDLER(cpu_give, kmorph_cpu);
 HANDLER(cpu_list, kmorph_cpu_list);
+HANDLER(cpu_assign, kmorph_cpu);
+HANDLER(cpu_withdraw, kmorph_cpu);
 HANDLER(instance_create, kmorph_instance);
 HANDLER(instance_query, kmorph_instance);
 HANDLER(instance_list, kmorph_instance_list);
@@ -87,6 +89,8 @@ static const struct call {
 	{ KMORPH_LINK_ADD, ROLE(PRIMARY), call_link_add },
 	{ KMORPH_LINK_DEL, ROLE(PRIMARY), call_link_del },
 	{ KMORPH_DOOR, ROLE(PRIMARY) | ROLE(INSTANCE), call_door_move },
+	{ KMORPH_CPU_ASSIGN, ROLE(PRIMARY), call_cpu_assign },
+	{ KMORPH_CPU_WITHDRAW, ROLE(PRIMARY), call_cpu_withdraw },
 };
 
 /* By number alone, so that a caller built for another layout is told so. */

@@ -149,7 +149,7 @@ static void publish(struct irq_data *data)
 	if (user)
 		user->moved(address);
 	rcu_read_unlock();
-	smp_mb();
+	smp_mb();	/* the new address before the look at the rings that follows */
 }
 
 static int door_set_affinity(struct irq_data *data, const struct cpumask *mask, bool force)

@@ -94,7 +94,7 @@ void kmorph_guest_state(u32 state, const char *text)
 	strscpy(self->text, text ?: "", sizeof(self->text));
 	smp_store_release(&self->state, state);
 	smp_store_release(&self->notices, self->notices + 1);
-	smp_mb();
+	smp_mb();	/* the notice before the ring */
 	if (locked)
 		arch_spin_unlock(&notice_lock);
 	local_irq_restore(flags);

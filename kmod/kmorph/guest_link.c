@@ -55,7 +55,7 @@ static bool copy_table(struct kmorph_ctl_links *copy)
 	if (before & 1)
 		return false;
 	memcpy(copy, table, sizeof(*copy));
-	smp_rmb();
+	smp_rmb();	/* the copy before the second look at the generation */
 	copy->generation = before;
 	return READ_ONCE(table->generation) == before;
 }
@@ -80,15 +80,15 @@ static bool still_live(const struct kmorph_ctl_links *table, const struct known 
 	return false;
 }
 
-static bool is_known(const struct kmorph_ctl_link *entry)
+static struct known *find_known(const struct kmorph_ctl_link *entry)
 {
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(known); i++)
 		if (known[i].live && known[i].link.epoch == entry->epoch &&
 		    known[i].link.peer == entry->peer_id)
-			return true;
-	return false;
+			return &known[i];
+	return NULL;
 }
 
 static void take_up(const struct kmorph_ctl_link *entry)
@@ -133,9 +133,17 @@ static void follow_table(void)
 		else
 			WRITE_ONCE(known[i].live, false);
 	}
-	for (i = 0; i < KMORPH_CTL_LINKS && link_ops; i++)
-		if (table.link[i].state == KMORPH_LINK_LIVE && !is_known(&table.link[i]))
+	for (i = 0; i < KMORPH_CTL_LINKS && link_ops; i++) {
+		struct known *one;
+
+		if (table.link[i].state != KMORPH_LINK_LIVE)
+			continue;
+		one = find_known(&table.link[i]);
+		if (one)	/* the peer's CPUs may have changed */
+			memcpy(one->apicids, table.link[i].peer_apicids, sizeof(one->apicids));
+		else
 			take_up(&table.link[i]);
+	}
 	if (!all_gone)
 		return;
 	WRITE_ONCE(generation_seen, table.generation);

@@ -318,3 +318,86 @@ int kmorph_instance_nmi(struct kmorph_ref *req)
 	mutex_unlock(&kmorph_lock);
 	return ret;
 }
+
+static int find_apicid(const struct kmorph_inst *inst, u32 apicid)
+{
+	u32 i;
+
+	for (i = 0; i < inst->cpu_count; i++)
+		if (inst->apicid[i] == apicid)
+			return i;
+	return -ENOENT;
+}
+
+static int assign(struct kmorph_inst *inst, struct kmorph_cpu *req)
+{
+	int ret = -ENOSPC;
+
+	mutex_lock(&kmorph_lock);
+	if (inst->cpu_count < KMORPH_MAX_CPUS)
+		ret = kmorph_cpu_lend(req->apicid, inst->id);
+	if (!ret && inst->state == KMORPH_INST_RUNNING) {
+		ret = kmorph_owner_set(req->apicid, inst->id);
+		if (ret)
+			kmorph_cpu_unlend(req->apicid, inst->id);
+	}
+	if (!ret) {
+		inst->apicid[inst->cpu_count++] = req->apicid;
+		kmorph_ctl_cpu_count(inst);
+	}
+	kmorph_cpu_describe(req);
+	mutex_unlock(&kmorph_lock);
+	return ret;
+}
+
+static int withdraw(struct kmorph_inst *inst, struct kmorph_cpu *req)
+{
+	int index = find_apicid(inst, req->apicid);
+
+	if (index < 0)
+		return index;
+	if (index == 0)
+		return -EBUSY;
+	if (inst->state == KMORPH_INST_RUNNING) {
+		if (kmorph_ctl_cpu_online(inst, req->apicid))
+			return -EBUSY;
+		if (!kmorph_fence_one(inst, index))
+			return -ETIMEDOUT;
+		kmorph_owner_clear(req->apicid);
+	}
+	mutex_lock(&kmorph_lock);
+	inst->cpu_count--;
+	memmove(&inst->apicid[index], &inst->apicid[index + 1],
+		(inst->cpu_count - index) * sizeof(u32));
+	kmorph_cpu_unlend(req->apicid, inst->id);
+	kmorph_ctl_cpu_count(inst);
+	kmorph_cpu_describe(req);
+	mutex_unlock(&kmorph_lock);
+	return 0;
+}
+
+static int change_cpus(struct kmorph_cpu *req,
+		       int (*change)(struct kmorph_inst *inst, struct kmorph_cpu *req))
+{
+	struct kmorph_inst *inst;
+	int ret;
+
+	inst = kmorph_inst_lock(req->instance, &ret);
+	if (!inst)
+		return ret;
+	ret = inst->state == KMORPH_INST_STUCK ? -EBUSY : change(inst, req);
+	if (!ret)
+		kmorph_links_write_peers(inst);
+	kmorph_inst_unlock(inst);
+	return ret;
+}
+
+int kmorph_cpu_assign(struct kmorph_cpu *req)
+{
+	return change_cpus(req, assign);
+}
+
+int kmorph_cpu_withdraw(struct kmorph_cpu *req)
+{
+	return change_cpus(req, withdraw);
+}

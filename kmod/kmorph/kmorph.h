@@ -88,7 +88,7 @@ int kmorph_cpu_give(struct kmorph_cpu *req);
 int kmorph_cpu_list(struct kmorph_cpu_list *req);
 int kmorph_cpu_lend(u32 apicid, u32 instance);
 void kmorph_cpu_unlend(u32 apicid, u32 instance);
-bool kmorph_cpu_all_given(void);
+void kmorph_cpu_describe(struct kmorph_cpu *req);
 u32 kmorph_boot_apicid(void);
 
 /* local APIC */
@@ -134,6 +134,8 @@ int kmorph_instance_query(struct kmorph_instance *req);
 int kmorph_instance_destroy(struct kmorph_ref *req);
 int kmorph_instance_list(struct kmorph_instance_list *req);
 int kmorph_instance_nmi(struct kmorph_ref *req);
+int kmorph_cpu_assign(struct kmorph_cpu *req);
+int kmorph_cpu_withdraw(struct kmorph_cpu *req);
 struct kmorph_inst *kmorph_inst_get(u32 id);
 void kmorph_inst_put(struct kmorph_inst *inst);
 struct kmorph_inst *kmorph_inst_lock(u32 id, int *err);
@@ -143,6 +145,7 @@ struct kmorph_slot *kmorph_inst_slot_at(u64 base, u64 size);
 
 int kmorph_start(struct kmorph_start *req);
 int kmorph_stop(struct kmorph_stop *req);
+bool kmorph_fence_one(struct kmorph_inst *inst, u32 index);
 
 int kmorph_tables_build(struct kmorph_inst *inst);
 void kmorph_tables_free(struct kmorph_inst *inst);
@@ -150,6 +153,8 @@ u32 kmorph_tables_root(const struct kmorph_inst *inst);
 
 /* control areas, seen from the primary */
 void kmorph_ctl_format(struct kmorph_inst *inst);
+void kmorph_ctl_cpu_count(struct kmorph_inst *inst);
+bool kmorph_ctl_cpu_online(struct kmorph_inst *inst, u32 apicid);
 void kmorph_ctl_watch(struct kmorph_inst *inst);
 void kmorph_ctl_unwatch(struct kmorph_inst *inst);
 void kmorph_ctl_publish_door(u64 address);
@@ -176,6 +181,7 @@ int kmorph_links_forget(struct kmorph_inst *inst);
 int kmorph_links_settle(struct kmorph_inst *inst);
 void kmorph_links_reap(void);
 void kmorph_links_write(struct kmorph_inst *inst);
+void kmorph_links_write_peers(struct kmorph_inst *inst);
 bool kmorph_link_covers(u64 base, u64 size);
 int kmorph_primary_link_register(const struct kmorph_link_ops *ops);
 void kmorph_primary_link_unregister(void);

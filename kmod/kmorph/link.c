@@ -106,7 +106,7 @@ static void write_table(struct kmorph_inst *inst)
 	struct link *link;
 
 	WRITE_ONCE(table->generation, inst->links_generation + 1);
-	smp_wmb();
+	smp_wmb();	/* odd before any entry changes */
 	list_for_each_entry(link, &links, list) {
 		if (!involves(link, inst->id) || link->life == LINK_PENDING ||
 		    n >= KMORPH_CTL_LINKS)
@@ -117,7 +117,7 @@ static void write_table(struct kmorph_inst *inst)
 		memset(&table->link[n], 0, sizeof(table->link[n]));
 	inst->links_generation += 2;
 	smp_store_release(&table->generation, inst->links_generation);
-	smp_mb();
+	smp_mb();	/* the table before the ring, and before its answer is read */
 	kmorph_ctl_ring(inst);
 }
 
@@ -143,6 +143,18 @@ static void write_tables_of(const struct link *link)
 		write_table(inst);
 		kmorph_inst_put(inst);
 	}
+}
+
+/* Its CPUs have changed: the others are told where its doorbell may be. */
+void kmorph_links_write_peers(struct kmorph_inst *inst)
+{
+	struct link *link;
+
+	mutex_lock(&link_mutex);
+	list_for_each_entry(link, &links, list)
+		if (involves(link, inst->id) && link->life == LINK_LIVE)
+			write_tables_of(link);
+	mutex_unlock(&link_mutex);
 }
 
 /* May a running kernel still use what its table no longer shows as live? */

@@ -89,7 +89,7 @@ static u64 park_cpus(struct kmorph_inst *inst, u64 mask)
 
 	fill_page(inst, KMORPH_T_MODE_PARK);
 	data->nonce = get_random_u32() | 1;
-	smp_mb();
+	smp_mb();	/* the page before the SIPI */
 	for (i = 0; i < inst->cpu_count; i++)
 		if (mask & BIT_ULL(i))
 			kmorph_sipi(inst->apicid[i], inst->slot->trampoline);
@@ -116,6 +116,20 @@ static u64 fence(struct kmorph_inst *inst)
 	for (try = 0; try < PARK_TRIES && stopped != all; try++) {
 		init_cpus(inst, all & ~stopped, true);
 		stopped |= park_cpus(inst, all & ~stopped);
+	}
+	init_cpus(inst, stopped, false);
+	return stopped;
+}
+
+/* The same for one CPU of an instance that goes on running on the others. */
+bool kmorph_fence_one(struct kmorph_inst *inst, u32 index)
+{
+	u64 mask = BIT_ULL(index), stopped = 0;
+	unsigned int try;
+
+	for (try = 0; try < PARK_TRIES && !stopped; try++) {
+		init_cpus(inst, mask, true);
+		stopped = park_cpus(inst, mask);
 	}
 	init_cpus(inst, stopped, false);
 	return stopped;
@@ -162,7 +176,7 @@ static u32 boot_first_cpu(struct kmorph_inst *inst, u64 entry, u64 boot_params)
 	data->cr3 = kmorph_tables_root(inst);
 	data->entry = entry;
 	data->rsi = boot_params;
-	smp_mb();
+	smp_mb();	/* the page before the SIPI */
 	init_cpus(inst, BIT_ULL(0), true);
 	for (try = 0; try < 2 && !READ_ONCE(data->stage); try++) {
 		kmorph_sipi(inst->apicid[0], inst->slot->trampoline);

@@ -212,7 +212,7 @@ static int join(const struct kmorph_link *link)
 	/* Each side stores its own, then looks at the other's: at least one sees both. */
 	WRITE_ONCE(side->door, kmorph_door_address());
 	smp_store_release(&side->state, link->epoch);
-	smp_mb();
+	smp_mb();	/* our state before the look at the other's */
 	/* The doorbell may have moved before the area was in the table. */
 	WRITE_ONCE(side->door, kmorph_door_address());
 	kv_ring(area);
@@ -362,7 +362,7 @@ static int leave(const struct kmorph_link *link)
 	if (fresh) {
 		kv_area_reset(area);
 		smp_store_release(&area->shared->side[area->me].state, KV_LEFT);
-		smp_mb();
+		smp_mb();	/* the state before the ring */
 		kv_ring(area);
 	}
 	if (wait_drained(area, fresh ? LEAVE_MS : 0)) {

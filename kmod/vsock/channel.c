@@ -29,7 +29,7 @@ void kv_set_word(struct kv_area *area, u32 ch, u32 word)
 		return;
 	area->channel[ch].word = word;
 	smp_store_release(&area->shared->control[area->me].word[ch], word);
-	smp_mb();
+	smp_mb();	/* the word before the bit that points to it */
 	kv_kick(area, ch);
 }
 

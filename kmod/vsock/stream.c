@@ -112,7 +112,7 @@ static u32 readable(struct kv_sock *kv, u32 wanted)
 		if (bytes >= wanted || armed)
 			return bytes;
 		WRITE_ONCE(kv->rxc->rd_wait, 1);
-		smp_mb();
+		smp_mb();	/* armed before the second look */
 		armed = true;
 	}
 }
@@ -133,7 +133,7 @@ static u32 writable(struct kv_sock *kv)
 		if (used < kv->size || armed)
 			return kv->size - used;
 		WRITE_ONCE(kv->txc->wr_wait, 1);
-		smp_mb();
+		smp_mb();	/* armed before the second look */
 		armed = true;
 	}
 }
@@ -152,7 +152,7 @@ static s64 kv_has_space(struct vsock_sock *vsk)
 static bool publish(struct kv_sock *kv, u32 *cursor, u32 value, u32 *wait)
 {
 	smp_store_release(cursor, value);
-	smp_mb();
+	smp_mb();	/* the cursor before the look at who waits */
 	if (!READ_ONCE(*wait) || !xchg(wait, 0))
 		return false;
 	kv_kick(kv->area, kv->ch);

@@ -51,7 +51,7 @@ struct kv_header {
 	u64 size;
 	u32 id[2];		/* kernel ids of side 0 and 1 */
 	u32 channels;
-	u32 split;		/* each split-th channel is opened by side 1, the others by side 0 */
+	u32 split;		/* each split-th channel is side 1's to open, others side 0's */
 	struct kv_class class[KV_CLASSES];
 };
 
