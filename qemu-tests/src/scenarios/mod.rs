@@ -3,6 +3,7 @@
 mod bad_input;
 mod bench;
 mod boot_failures;
+mod documentation;
 mod high_memory;
 mod offlined;
 mod rounds;
@@ -46,5 +47,6 @@ pub const ALL: &[&Scenario] = &[
     &bad_input::SCENARIO,
     &rounds::SCENARIO,
     &soak::SCENARIO,
+    &documentation::SCENARIO,
     &bench::SCENARIO,
 ];
