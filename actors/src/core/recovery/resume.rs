@@ -1,0 +1,132 @@
+//! Going on after the supervisor itself was restarted.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Action, Cause, Event, Goal, Phase, Recovery};
+use crate::core::policy::Policy;
+
+/// What has to be remembered of a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saved {
+    /// Where it was.
+    pub phase: Phase,
+    /// What was to become of it.
+    pub goal: Goal,
+    /// The start under way was an operator's.
+    pub first: bool,
+    /// An incident was open.
+    pub incident: bool,
+    /// It owned CPUs and memory.
+    pub held: bool,
+}
+
+/// What the platform has of an instance, in the incarnation that was remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Found {
+    /// Nothing.
+    Nothing,
+    /// It runs.
+    Running,
+    /// It owns CPUs and memory and does not run.
+    Stopped,
+}
+
+impl Recovery {
+    /// What has to be remembered.
+    pub fn saved(&self) -> Saved {
+        Saved {
+            phase: self.phase,
+            goal: self.goal,
+            first: self.first,
+            incident: self.incident,
+            held: self.held,
+        }
+    }
+
+    /// Go on from what was remembered and what is found. Nothing that runs is disturbed; what was being
+    /// fenced is fenced again, because nobody saw how that ended.
+    pub fn resume(
+        policy: Policy,
+        seed: u64,
+        saved: Saved,
+        found: Found,
+        now: Duration,
+    ) -> (Recovery, Vec<Action>) {
+        let mut m = Recovery::new(policy, seed);
+        let mut out = Vec::new();
+        (m.phase, m.goal, m.first, m.incident) = (saved.phase, saved.goal, saved.first, saved.incident);
+        m.held = found != Found::Nothing;
+        match (saved.phase, found) {
+            (Phase::Stopped | Phase::Failed, Found::Nothing) => {}
+            (_, Found::Nothing) => m.resume_gone(saved.phase, &mut out),
+
+            (Phase::DetectingFailure | Phase::PartialFence, _) | (Phase::Failed, Found::Stopped) => {}
+            (Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources, _) => {
+                m.prepare("the supervisor was restarted: stopping its CPUs again", &mut out);
+            }
+
+            (Phase::Monitoring, Found::Running) => out.push(Action::Watch { adopted: true }),
+            // A start that was under way has succeeded; or the record is older than the kernel.
+            (Phase::Booting | Phase::AwaitingService, Found::Running) => {
+                m.enter(
+                    Phase::AwaitingService,
+                    "the supervisor was restarted: waiting for it to serve",
+                    &mut out,
+                );
+                if m.goal == Goal::Stop {
+                    m.prepare("it is to be stopped: stopping its CPUs", &mut out);
+                } else {
+                    out.push(Action::Watch { adopted: false });
+                }
+            }
+            (Phase::Stopped | Phase::Restarting | Phase::Failed, Found::Running) => {
+                m.enter(Phase::Monitoring, "it was found running", &mut out);
+                (m.goal, m.first) = (Goal::Restart, false);
+                out.push(Action::Watch { adopted: true });
+            }
+
+            (Phase::Monitoring, Found::Stopped) => {
+                let cause = Cause::Parked("it was stopped while no supervisor ran".into());
+                out.extend(m.step(now, Event::Declared(cause, "its CPUs do not run".into())));
+            }
+            (
+                Phase::Booting | Phase::AwaitingService | Phase::Restarting | Phase::Stopped,
+                Found::Stopped,
+            ) => {
+                m.goal = match saved.phase {
+                    Phase::Stopped => Goal::Stop,
+                    _ if saved.first => Goal::Undo,
+                    _ => saved.goal,
+                };
+                m.why = "the supervisor was restarted while it was being started".into();
+                m.prepare("the supervisor was restarted: stopping its CPUs", &mut out);
+            }
+        }
+        (m, out)
+    }
+
+    /// Nothing is there: finish what was meant.
+    fn resume_gone(&mut self, phase: Phase, out: &mut Vec<Action>) {
+        let recovering = matches!(
+            phase,
+            Phase::Booting
+                | Phase::AwaitingService
+                | Phase::PreparingRecovery
+                | Phase::CapturingVmcore
+                | Phase::ReclaimingResources
+                | Phase::Restarting
+        );
+        if recovering && self.incident && self.goal == Goal::Restart {
+            return self.boot("the supervisor was restarted: starting a new incarnation", out);
+        }
+        if self.goal == Goal::GiveUp {
+            return self.fail("it failed too often".into(), out);
+        }
+        self.phase = Phase::Stopped;
+        let detail = "it does not run any more since the supervisor was restarted".to_owned();
+        self.finish(Phase::Stopped.name(), detail, false, out);
+    }
+}

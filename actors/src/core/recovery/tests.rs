@@ -1,0 +1,397 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+const EVENTS: usize = 16;
+
+fn event(n: usize) -> Event {
+    let t = String::new;
+    match n {
+        0 => Event::Spawn,
+        1 => Event::OperatorRecover,
+        2 => Event::OperatorTerminate,
+        3 => Event::Declared(Cause::Hang, "e".into()),
+        4 => Event::Booted(t()),
+        5 => Event::BootError(t()),
+        6 => Event::Serving,
+        7 => Event::FenceDone { complete: true, detail: t() },
+        8 => Event::FenceDone { complete: false, detail: t() },
+        9 => Event::FenceError(t()),
+        10 => Event::CaptureDone(t()),
+        11 => Event::CaptureFailed(t()),
+        12 => Event::Reclaimed(t()),
+        13 => Event::ReclaimError(t()),
+        14 => Event::RestartTimer,
+        _ => Event::Shutdown,
+    }
+}
+
+fn letter(phase: Phase) -> char {
+    match phase {
+        Phase::Stopped => 's',
+        Phase::Booting => 'b',
+        Phase::AwaitingService => 'a',
+        Phase::Monitoring => 'm',
+        Phase::DetectingFailure => 'd',
+        Phase::PreparingRecovery => 'p',
+        Phase::CapturingVmcore => 'c',
+        Phase::ReclaimingResources => 'r',
+        Phase::Restarting => 'w',
+        Phase::PartialFence => '!',
+        Phase::Failed => 'f',
+    }
+}
+
+fn machine(policy: Policy, events: &[usize]) -> Recovery {
+    let mut m = Recovery::new(policy, 1);
+    for n in events {
+        m.step(Duration::ZERO, event(*n));
+    }
+    m
+}
+
+const RUNNING: [usize; 3] = [0, 4, 6];
+
+/// A machine in this phase, reached through a failure of a running instance.
+fn at(phase: char) -> Recovery {
+    let policy = Policy { fence_tries: 1, capture: Capture::Required, ..Policy::default() };
+    let with = |policy: Policy, more: &[usize]| machine(policy, &[&RUNNING[..], more].concat());
+    let plain = Policy { capture: Capture::None, ..policy };
+    match phase {
+        's' => machine(policy, &[]),
+        // In a recovery, not an operator's start.
+        'b' => with(plain, &[3, 7, 12]),
+        'a' => with(plain, &[3, 7, 12, 4]),
+        'm' => with(policy, &[]),
+        'd' => with(Policy { auto_heal: false, ..policy }, &[3]),
+        'p' => with(policy, &[3]),
+        'c' => with(policy, &[3, 7]),
+        'r' => with(plain, &[3, 7]),
+        'w' => with(plain, &[3, 7, 12, 5]),
+        '!' => with(policy, &[3, 8]),
+        // Given up, with its memory held.
+        'F' => with(policy, &[3, 7, 11]),
+        // Given up, with nothing held.
+        _ => with(Policy { restart_intensity: 0, ..plain }, &[3, 7, 12]),
+    }
+}
+
+#[test]
+fn every_cell_of_the_table() {
+    for (from, row) in [
+        // Spawn Recover Terminate | Declared | Booted BootError Serving | Fenced Partial Error | Dump NoDump | Back NotBack | Timer Shutdown
+        ('s', "bss s sss sss ss ss ss"),
+        ('b', "bbb b awb bbb bb bb bb"),
+        ('a', "aap p aam aaa aa aa aa"),
+        ('m', "mpp p mmm mmm mm mm mm"),
+        ('d', "dpp d ddd ddd dd dd dd"),
+        ('p', "ppp p ppp c!! pp pp pp"),
+        ('c', "ccc c ccc ccc rf cc cc"),
+        ('r', "rrr r rrr rrr rr bf rr"),
+        ('w', "wbr w www www ww ww bw"),
+        ('!', "!pp ! !!! !!! !! !! !!"),
+        ('F', "fpp f fff fff ff ff ff"),
+        ('f', "bbr f fff fff ff ff ff"),
+    ] {
+        let row: Vec<char> = row.chars().filter(|c| *c != ' ').collect();
+        assert_eq!(row.len(), EVENTS);
+        for (n, want) in row.into_iter().enumerate() {
+            let mut m = at(from);
+            assert_eq!(letter(m.phase()), from.to_ascii_lowercase(), "set-up of {from}");
+            let actions = m.step(MS, event(n));
+            assert_eq!(letter(m.phase()), want, "{from} x {:?}", event(n));
+            if letter(m.phase()) != from.to_ascii_lowercase() {
+                assert!(
+                    actions.iter().any(|a| matches!(a, Action::Journal { .. })),
+                    "{from} x {:?} is journaled",
+                    event(n)
+                );
+            }
+            if n < 3 && want == from.to_ascii_lowercase() && !"bpcr".contains(from) {
+                assert!(
+                    actions.iter().any(|a| matches!(a, Action::Refuse(_))),
+                    "{from} x {:?} is refused",
+                    event(n)
+                );
+            }
+        }
+    }
+}
+
+fn trace(actions: &[Action]) -> String {
+    let words = actions.iter().filter_map(|a| match a {
+        Action::OpenIncident => Some("incident".to_owned()),
+        Action::Journal { phase, recovered: Some(r), .. } => Some(format!("{phase}({r})")),
+        Action::Journal { phase, .. } => Some((*phase).to_owned()),
+        Action::Fence => Some("fence".into()),
+        Action::Capture => Some("capture".into()),
+        Action::Reclaim { release_cpus } => Some(format!("reclaim({release_cpus})")),
+        Action::Boot => Some("boot".into()),
+        Action::Watch { adopted } => Some(format!("watch({adopted})")),
+        Action::Unwatch => Some("unwatch".into()),
+        Action::ArmRestart(d) => Some(format!("arm({})", d.as_secs_f64().ceil())),
+        Action::DisarmRestart => Some("disarm".into()),
+        Action::Settled(o) => Some(format!("={}", format!("{o:?}").split('(').next().unwrap())),
+        Action::Alert(_) => Some("alert".into()),
+        Action::Refuse(_) => Some("refuse".into()),
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn play(policy: Policy, events: &[usize]) -> String {
+    let mut m = Recovery::new(policy, 1);
+    events.iter().map(|n| trace(&m.step(MS, event(*n)))).collect::<Vec<_>>().join(" | ")
+}
+
+#[test]
+fn a_whole_recovery() {
+    assert_eq!(
+        play(Policy::default(), &[0, 4, 6, 3, 7, 12, 4, 6]),
+        "RESTARTING boot | RESTARTING watch(false) =Started | MONITORING =Serving | \
+         incident DETECTING_FAILURE PREPARING_RECOVERY unwatch fence | RECLAIMING_RESOURCES reclaim(false) | \
+         RESTARTING boot | RESTARTING watch(false) =Started | RECOVERY_COMPLETE(true) =Serving"
+    );
+}
+
+#[test]
+fn a_dump_comes_between_fence_and_reclaim() {
+    let policy = Policy { capture: Capture::Required, ..Policy::default() };
+    assert_eq!(
+        play(policy, &[0, 4, 6, 3, 7, 10])[..].rsplit(" | ").take(2).collect::<Vec<_>>(),
+        ["RECLAIMING_RESOURCES reclaim(false)", "CAPTURING_VMCORE capture"]
+    );
+    assert!(play(policy, &[0, 4, 6, 3, 7, 11]).ends_with("FAILED(false) alert =Failed"), "memory is held");
+    let policy = Policy { capture: Capture::BestEffort, ..policy };
+    assert!(play(policy, &[0, 4, 6, 3, 7, 11]).ends_with("RECLAIMING_RESOURCES reclaim(false)"));
+    assert!(
+        play(policy, &[0, 4, 6, 2, 7]).ends_with("RECLAIMING_RESOURCES reclaim(true)"),
+        "no dump of what is stopped"
+    );
+}
+
+#[test]
+fn a_partial_fence_is_tried_again_and_then_stops_everything() {
+    let t = play(Policy::default(), &[0, 4, 6, 3, 8, 9, 8, 7, 12, 14, 3]);
+    assert!(
+        t.ends_with(
+            "unwatch fence | PREPARING_RECOVERY fence | PREPARING_RECOVERY fence | PARTIAL_FENCE alert =PartialFence |  |  |  | "
+        ),
+        "{t}"
+    );
+    assert!(!t.contains("reclaim"));
+}
+
+#[test]
+fn a_first_start_that_fails_gives_everything_back() {
+    assert!(play(Policy::default(), &[0, 5]).ends_with("STOPPED =BootFailed"));
+    assert!(play(Policy::default(), &[0, 4, 3, 7, 12]).ends_with(
+        "PREPARING_RECOVERY unwatch fence | RECLAIMING_RESOURCES reclaim(true) | STOPPED =BootFailed"
+    ));
+}
+
+#[test]
+fn a_kernel_that_dies_while_its_start_is_still_being_reported() {
+    let t = play(Policy::default(), &[0, 3, 4]);
+    assert!(t.ends_with("|  | RESTARTING watch(false) =Started PREPARING_RECOVERY unwatch fence"), "{t}");
+}
+
+#[test]
+fn terminate_in_each_phase_ends_in_stopped() {
+    for from in "bamdpcrw!Ff".chars() {
+        let mut m = at(from);
+        m.step(MS, Event::OperatorTerminate);
+        let mut released = false;
+        for _ in 0..8 {
+            let next = match m.phase() {
+                Phase::Stopped => break,
+                Phase::Booting => 4,
+                Phase::PreparingRecovery => 7,
+                Phase::CapturingVmcore => 11,
+                Phase::ReclaimingResources => 12,
+                other => panic!("{from} waits in {other:?}"),
+            };
+            let actions = m.step(MS, event(next));
+            released |= actions.contains(&Action::Reclaim { release_cpus: true });
+        }
+        assert_eq!(m.phase(), Phase::Stopped, "from {from}");
+        // From 'r', 'w' and 'f' resources were on their way back, or the reclaim came with the first step.
+        assert!(released || "rwf".contains(from), "{from} gives the CPUs back");
+        assert!(!m.held());
+    }
+}
+
+#[test]
+fn restarts_back_off_and_end_at_the_intensity() {
+    let policy = Policy { restart_intensity: 3, ..Policy::default() };
+    let mut m = machine(policy, &RUNNING);
+    let mut traces = vec![];
+    for _ in 0..4 {
+        m.step(MS, event(3));
+        let reclaim = trace(&m.step(MS, event(7)));
+        traces.push(format!("{reclaim} / {}", trace(&m.step(MS, event(12)))));
+        for n in [14, 4, 6] {
+            m.step(MS, event(n));
+        }
+    }
+    assert_eq!(
+        traces,
+        [
+            "RECLAIMING_RESOURCES reclaim(false) / RESTARTING boot",
+            "RECLAIMING_RESOURCES reclaim(false) / RESTARTING arm(1)",
+            "RECLAIMING_RESOURCES reclaim(false) / RESTARTING arm(2)",
+            "RECLAIMING_RESOURCES reclaim(true) / FAILED(false) alert =Failed",
+        ]
+    );
+    // Failures far apart are not counted together.
+    let mut m = machine(policy, &RUNNING);
+    for k in 1..10u32 {
+        let now = policy.restart_period * k + MS * k;
+        for n in [3, 7, 12, 4, 6] {
+            m.step(now, event(n));
+        }
+        assert_eq!(m.phase(), Phase::Monitoring);
+    }
+}
+
+#[test]
+fn without_auto_heal_an_operator_decides() {
+    let policy = Policy { auto_heal: false, ..Policy::default() };
+    let t = play(policy, &[0, 4, 6, 3, 1]);
+    assert!(
+        t.ends_with("incident DETECTING_FAILURE unwatch alert | PREPARING_RECOVERY unwatch fence"),
+        "{t}"
+    );
+}
+
+#[test]
+fn after_shutdown_nothing_is_begun() {
+    let mut m = at('w');
+    assert_eq!(m.step(MS, Event::Shutdown), [Action::DisarmRestart]);
+    for n in 0..EVENTS {
+        assert_eq!(m.step(MS, event(n)), []);
+    }
+}
+
+#[test]
+fn resume_table() {
+    // What a machine in each phase does when its supervisor comes back and finds nothing, a running kernel,
+    // or a stopped one.
+    for (from, want) in [
+        ('s', ["s", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
+        ('b', ["b RESTARTING boot", "a RESTARTING watch(false)", "p PREPARING_RECOVERY unwatch fence"]),
+        ('a', ["b RESTARTING boot", "a RESTARTING watch(false)", "p PREPARING_RECOVERY unwatch fence"]),
+        (
+            'm',
+            ["s STOPPED", "m watch(true)", "p incident DETECTING_FAILURE PREPARING_RECOVERY unwatch fence"],
+        ),
+        ('d', ["s STOPPED(false)", "d", "d"]),
+        (
+            'p',
+            ["b RESTARTING boot", "p PREPARING_RECOVERY unwatch fence", "p PREPARING_RECOVERY unwatch fence"],
+        ),
+        (
+            'c',
+            ["b RESTARTING boot", "p PREPARING_RECOVERY unwatch fence", "p PREPARING_RECOVERY unwatch fence"],
+        ),
+        (
+            'r',
+            ["b RESTARTING boot", "p PREPARING_RECOVERY unwatch fence", "p PREPARING_RECOVERY unwatch fence"],
+        ),
+        ('w', ["b RESTARTING boot", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
+        ('!', ["s STOPPED(false)", "!", "!"]),
+        ('F', ["f", "m MONITORING watch(true)", "f"]),
+        ('f', ["f", "m MONITORING watch(true)", "f"]),
+    ] {
+        for (found, want) in [Found::Nothing, Found::Running, Found::Stopped].into_iter().zip(want) {
+            let saved = at(from).saved();
+            let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS);
+            let got = format!("{} {}", letter(m.phase()), trace(&actions));
+            assert_eq!(got.trim_end(), want, "{from} {found:?}");
+        }
+    }
+}
+
+#[test]
+fn an_operators_start_that_was_cut_off_is_undone() {
+    for (events, found, want) in [
+        (&[0][..], Found::Nothing, "s STOPPED"),
+        (&[0], Found::Stopped, "p PREPARING_RECOVERY unwatch fence"),
+        (&[0, 4], Found::Running, "a RESTARTING watch(false)"),
+        (&[0, 2], Found::Running, "p RESTARTING PREPARING_RECOVERY unwatch fence"),
+        (&[0, 4, 6, 2], Found::Nothing, "s STOPPED"),
+    ] {
+        let saved = machine(Policy::default(), events).saved();
+        let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS);
+        assert_eq!(format!("{} {}", letter(m.phase()), trace(&actions)), want, "{events:?} {found:?}");
+    }
+}
+
+proptest! {
+    /// Whatever happens in whatever order: nothing is taken back that was not completely fenced since its
+    /// last start, nothing is started twice, and each effect is journaled before.
+    #[test]
+    fn fence_before_anything_else(
+        events in prop::collection::vec((0..EVENTS - 1, 0u64..2000), 0..80),
+        capture in 0..3usize,
+        auto_heal: bool,
+        restart in prop::option::of((0usize..80, 0usize..3)),
+    ) {
+        let policy = Policy {
+            capture: [Capture::None, Capture::Required, Capture::BestEffort][capture],
+            auto_heal,
+            ..Policy::default()
+        };
+        let mut m = Recovery::new(policy, 7);
+        let mut now = Duration::ZERO;
+        // What is true of the machine below: a kernel may run; all its CPUs were seen stopped.
+        let (mut may_run, mut fenced) = (false, true);
+        for (k, (n, wait)) in events.into_iter().enumerate() {
+            now += Duration::from_millis(wait);
+            // Effects answer only what was asked.
+            let fits = match n {
+                4 | 5 => m.phase() == Phase::Booting,
+                7..=9 => m.phase() == Phase::PreparingRecovery,
+                10 | 11 => m.phase() == Phase::CapturingVmcore,
+                12 | 13 => m.phase() == Phase::ReclaimingResources,
+                14 => m.phase() == Phase::Restarting,
+                _ => true,
+            };
+            if !fits {
+                continue;
+            }
+            match n {
+                5 => may_run = false,
+                7 => { fenced = true; may_run = false; }
+                _ => {}
+            }
+            let mut actions = m.step(now, event(n));
+            if let Some((at, found)) = restart && at == k {
+                let found = if may_run { Found::Running } else { [Found::Nothing, Found::Stopped, Found::Stopped][found] };
+                let (again, more) = Recovery::resume(policy, 7, m.saved(), found, now);
+                m = again;
+                actions = more;
+            }
+            let mut journaled = false;
+            for a in &actions {
+                match a {
+                    Action::Journal { .. } => journaled = true,
+                    Action::Boot => {
+                        prop_assert!(journaled);
+                        prop_assert!(!may_run, "started while the old kernel may run");
+                        (may_run, fenced) = (true, false);
+                    }
+                    Action::Reclaim { .. } => {
+                        prop_assert!(journaled);
+                        prop_assert!(fenced && !may_run, "taken back from a kernel that may run");
+                    }
+                    Action::Fence | Action::Capture => prop_assert!(journaled),
+                    _ => {}
+                }
+            }
+            if m.phase() == Phase::Stopped {
+                prop_assert!(!may_run && !m.held());
+            }
+        }
+    }
+}
