@@ -1,5 +1,6 @@
 //! Inside the primary kernel: what scenarios are written with.
 
+pub mod pingpong;
 pub mod tool;
 
 use std::path::Path;
@@ -94,9 +95,12 @@ impl Guest {
 
     /// Run a program.
     pub fn command(&self, program: &str, args: &[&str]) -> Result<Done> {
-        let child = tokio::process::Command::new(program).args(args).kill_on_drop(true).output();
+        let run = async {
+            let child = tokio::process::Command::new(program).args(args).kill_on_drop(true).output();
+            timeout(COMMAND_LIMIT, child).await
+        };
         let out = self
-            .wait(async { timeout(COMMAND_LIMIT, child).await })
+            .wait(run)
             .map_err(|_| format!("{program} {} took longer than {COMMAND_LIMIT:?}", args.join(" ")))?
             .context(program)?;
         Ok(Done {

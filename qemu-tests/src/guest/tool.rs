@@ -10,10 +10,11 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{Instant, sleep};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
+use super::pingpong;
 use crate::{Context, Result};
 
 /// Where it listens.
@@ -23,6 +24,7 @@ const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 
 /// Serve for ever.
 pub fn serve() -> Result<()> {
+    pingpong::listen(pingpong::PORT, None)?;
     let rt = tokio::runtime::Runtime::new().context("start tokio")?;
     rt.block_on(async {
         let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT)).context("listen")?;
@@ -38,9 +40,8 @@ pub fn serve() -> Result<()> {
     })
 }
 
-/// One connection.
-pub async fn one<S: AsyncRead + AsyncWrite + Unpin>(stream: S) -> Result<()> {
-    let mut stream = BufReader::with_capacity(256 << 10, stream);
+async fn one(stream: VsockStream) -> Result<()> {
+    let mut stream = BufReader::with_capacity(CHUNK, stream);
     let mut line = String::new();
     stream.read_line(&mut line).await.context("read the request")?;
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -131,7 +132,7 @@ pub async fn one<S: AsyncRead + AsyncWrite + Unpin>(stream: S) -> Result<()> {
     }
 }
 
-async fn answer<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut BufReader<S>, text: &str) -> Result<()> {
+async fn answer(stream: &mut BufReader<VsockStream>, text: &str) -> Result<()> {
     stream.write_all(format!("{text}\n").as_bytes()).await.context("answer")
 }
 

@@ -39,7 +39,11 @@ pub fn demo() -> Result<()> {
 
 /// The benchmark.
 pub fn bench() -> Result<()> {
-    one(scenario("bench")?, Show::Story)?.result
+    let mut result = Ok(());
+    for name in ["bench-transport", "bench-recovery"] {
+        result = result.and(one(scenario(name)?, Show::Story)?.result);
+    }
+    result
 }
 
 /// Run scenarios one after the other and print a table.

@@ -11,6 +11,7 @@ mod soak;
 mod story;
 mod substrate;
 mod swapped;
+mod transport;
 mod two_cpus;
 
 use std::time::Duration;
@@ -49,4 +50,5 @@ pub const ALL: &[&Scenario] = &[
     &soak::SCENARIO,
     &documentation::SCENARIO,
     &bench::SCENARIO,
+    &transport::SCENARIO,
 ];
