@@ -43,9 +43,10 @@ packages() {
 	echo "linux-image-$1 linux-headers-$1 linux-headers-$common $kbuild"
 }
 
-fetch_one() {	# release
-	local release=$1 list root makefile
-	list=$(packages "$release")
+# Download the packages of a release into $work/debs; 1 when that fails.
+download() {	# release
+	local list
+	list=$(packages "$1")
 	work=$(mktemp -d "$kernels/.new.XXXXXX")
 	chmod 755 "$work"
 	mkdir "$work/debs" "$work/root"
@@ -53,13 +54,20 @@ fetch_one() {	# release
 	# apt drops its privileges for a download where it can.
 	[ "$(id -u)" != 0 ] || chown _apt "$work/debs" 2>/dev/null || true
 	# shellcheck disable=SC2086
-	(cd "$work/debs" && step "download of $release" apt-get -q download $list)
+	(cd "$work/debs" && apt-get -q download $list >&2) && return 0
+	rm -rf "$work"
+	work=
+	return 1
+}
+
+# Unpack what lies in $work/debs, then rename it into place: all or nothing.
+unpack() {	# release
+	local release=$1 root=$work/root makefile deb link
 	for deb in "$work"/debs/*.deb; do
-		step "unpacking ${deb##*/}" dpkg -x "$deb" "$work/root"
+		step "unpacking ${deb##*/}" dpkg -x "$deb" "$root"
 	done
 	rm -rf "$work/debs"
 
-	root=$work/root
 	[ -e "$root/boot/vmlinuz-$release" ] || die "no vmlinuz-$release in the package"
 	mv "$root/boot/vmlinuz-$release" "$work/vmlinuz"
 	mv "$root/boot/config-$release" "$work/config"
@@ -71,37 +79,39 @@ fetch_one() {	# release
 	fi
 	rm -f "$work/modules/lib/modules/$release/build" "$work/modules/lib/modules/$release/source"
 
-	# The headers name each other by absolute paths below /usr: relative ones
-	# let the cache lie (and be moved) anywhere.
+	# The headers name each other by absolute paths below /usr. Relative ones
+	# let the cache lie, and be moved, anywhere.
 	makefile=$root/usr/src/linux-headers-$release/Makefile
 	[ -f "$makefile" ] || die "no headers Makefile in linux-headers-$release"
-	sed -i "s|/usr/src/|$kernels/$release/root/usr/src/|g" "$makefile"
+	# shellcheck disable=SC2016
+	sed -i 's|/usr/src/|$(dir $(lastword $(MAKEFILE_LIST)))../|g' "$makefile"
 	find "$root/usr/src" -type l -lname '/usr/*' | while read -r link; do
-		ln -sfn "$kernels/$release/root$(readlink "$link")" "$link"
+		ln -sfnr "$root$(readlink "$link")" "$link"
 	done
 	ln -s "root/usr/src/linux-headers-$release" "$work/headers"
-	rm -rf "$root/usr/share/doc" "$root/boot"
-	rm -rf "${kernels:?}/$release"
+	rm -rf "$root/usr/share/doc" "$root/boot" "${kernels:?}/$release"
 	mv "$work" "$kernels/$release"
 	work=
 }
 
+[ "${KMORPH_REFRESH:-0}" != 1 ] || step "apt-get update" apt-get -q update
 for one in "${series[@]}"; do
-	if [ "${KMORPH_REFRESH:-0}" = 1 ]; then
-		step "apt-get update" apt-get -q update
-	fi
 	release=$(newest "$one")
-	if [ -z "$release" ] && [ ! -e "$kernels/$one" ]; then
-		step "apt-get update" apt-get -q update
-		release=$(newest "$one")
-		[ -n "$release" ] || die "the package lists know no linux-image-$one.*-cloud-amd64"
+	if [ -z "$release" ] || [ ! -e "$kernels/$release/headers/Makefile" ]; then
+		# Old lists name packages that are gone, so one more try with new ones.
+		if [ -n "$release" ] && download "$release"; then
+			unpack "$release"
+		elif apt-get -q update >&2 && release=$(newest "$one") && [ -n "$release" ] &&
+			{ [ -e "$kernels/$release/headers/Makefile" ] || download "$release"; }; then
+			[ -z "$work" ] || unpack "$release"
+		elif [ -e "$kernels/$one/headers/Makefile" ]; then
+			release=$(readlink "$kernels/$one")
+			say "cannot download a newer kernel: using $release of the cache"
+		else
+			die "step failed: download of a $one kernel (is there a network?)"
+		fi
 	fi
-	if [ -z "$release" ]; then
-		say "no package lists: using $(readlink "$kernels/$one") of the cache"
-	else
-		[ -e "$kernels/$release/headers/Makefile" ] || fetch_one "$release"
-		ln -sfn "$release" "$kernels/$one"
-	fi
-	printf '%s %s\n' "$one" "$(readlink "$kernels/$one")"
+	ln -sfn "$release" "$kernels/$one"
+	printf '%s %s\n' "$one" "$release"
 done
 rm -rf "$kernels"/.new.*

@@ -112,6 +112,9 @@ int kmorph_ring(u32 peer, u64 address)
 }
 EXPORT_SYMBOL_GPL(kmorph_ring);
 
+/**
+ * kmorph_door_address - where this kernel may be rung, for publication
+ */
 u64 kmorph_door_address(void)
 {
 	return READ_ONCE(door.address);
@@ -272,19 +275,30 @@ static void storm_over(struct work_struct *work)
 	irq_wake_thread(door.virq, &door);
 }
 
+/**
+ * kmorph_door_wake - run the doorbell's thread as if it had been rung
+ *
+ * Any context, also with the descriptor of the interrupt locked.
+ */
 void kmorph_door_wake(void)
 {
 	schedule_work(&wake_work);
 }
 EXPORT_SYMBOL_GPL(kmorph_door_wake);
 
-/* Wait until no handler that runs now runs any more. */
+/**
+ * kmorph_door_sync - wait until no handler or thread that runs now runs any more
+ */
 void kmorph_door_sync(void)
 {
 	synchronize_irq(door.virq);
 }
 EXPORT_SYMBOL_GPL(kmorph_door_sync);
 
+/**
+ * kmorph_door_register - hear the doorbell
+ * @user: the client; one at a time, -EBUSY for a second one
+ */
 int kmorph_door_register(const struct kmorph_door_client *user)
 {
 	if (rcu_access_pointer(client))
@@ -295,6 +309,10 @@ int kmorph_door_register(const struct kmorph_door_client *user)
 }
 EXPORT_SYMBOL_GPL(kmorph_door_register);
 
+/**
+ * kmorph_door_unregister - hear it no more
+ * @user: the client; on return none of its callbacks runs
+ */
 void kmorph_door_unregister(const struct kmorph_door_client *user)
 {
 	if (rcu_access_pointer(client) != user)

@@ -61,8 +61,8 @@ struct kmorph_inst *kmorph_inst_lock(u32 id, int *err)
 	*err = -ENOENT;
 	if (!inst)
 		return NULL;
-	*err = mutex_lock_interruptible(&inst->op);
-	if (*err) {
+	if (mutex_lock_interruptible(&inst->op)) {
+		*err = -ERESTARTSYS;
 		kmorph_inst_put(inst);
 		return NULL;
 	}

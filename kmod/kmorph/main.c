@@ -23,6 +23,11 @@ u32 kmorph_self_id(void)
 }
 EXPORT_SYMBOL_GPL(kmorph_self_id);
 
+/**
+ * kmorph_link_register - use the links of this kernel
+ * @ops: one user at a time, -EBUSY for a second one. Links that exist are
+ *	announced before this returns
+ */
 int kmorph_link_register(const struct kmorph_link_ops *ops)
 {
 	return kmorph_is_primary() ? kmorph_primary_link_register(ops) :
@@ -30,6 +35,10 @@ int kmorph_link_register(const struct kmorph_link_ops *ops)
 }
 EXPORT_SYMBOL_GPL(kmorph_link_register);
 
+/**
+ * kmorph_link_unregister - end the use of the links
+ * @ops: gets a del() for each of them before this returns
+ */
 void kmorph_link_unregister(const struct kmorph_link_ops *ops)
 {
 	if (kmorph_is_primary())
@@ -39,6 +48,13 @@ void kmorph_link_unregister(const struct kmorph_link_ops *ops)
 }
 EXPORT_SYMBOL_GPL(kmorph_link_unregister);
 
+/**
+ * kmorph_link_report - the other side of a link has come or left
+ * @link: the link
+ * @up: it has come
+ *
+ * Becomes an event in the primary. Process context.
+ */
 void kmorph_link_report(const struct kmorph_link *link, bool up)
 {
 	struct kmorph_inst *inst;

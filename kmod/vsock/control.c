@@ -51,7 +51,11 @@ static struct sock *new_child(struct sock *listener, struct kv_area *area, u32 c
 
 static bool accept_request(struct kv_area *area, u32 ch, u32 gen)
 {
-	struct kv_request request = area->shared->control[!area->me].request[ch];
+	const struct kv_request *asked = &area->shared->control[!area->me].request[ch];
+	struct kv_request request = {
+		.src_port = READ_ONCE(asked->src_port),
+		.dst_port = READ_ONCE(asked->dst_port),
+	};
 	struct sock *listener, *child = NULL;
 	struct sockaddr_vm address;
 

@@ -220,6 +220,16 @@ static ssize_t kv_dequeue(struct vsock_sock *vsk, struct msghdr *msg, size_t len
 	return done;
 }
 
+#ifdef HAVE_UNSENT_BYTES
+/* For SIOCOUTQ: what the other side has not taken yet. */
+static ssize_t kv_unsent(struct vsock_sock *vsk)
+{
+	struct kv_sock *kv = kv_sock(vsk);
+
+	return kv->area ? min(kv->head - READ_ONCE(kv->txc->tail), kv->size) : 0;
+}
+#endif
+
 /* Only MSG_WAITALL asks: the core reads in turns, so any length will do. */
 static u64 kv_rcvhiwat(struct vsock_sock *vsk)
 {
@@ -336,6 +346,9 @@ const struct vsock_transport kv_transport = {
 	.notify_send_pre_block = kv_send_notify,
 	.notify_send_pre_enqueue = kv_send_notify,
 	.notify_send_post_enqueue = kv_send_done,
+#ifdef HAVE_UNSENT_BYTES
+	.unsent_bytes = kv_unsent,
+#endif
 	.shutdown = kv_shutdown,
 	.get_local_cid = kv_local_cid,
 };
