@@ -15,6 +15,7 @@ static const char * const names[KV_ST_COUNT] = {
 	[KV_ST_KICKS] = "kicks",
 	[KV_ST_SMALL] = "small_messages",
 	[KV_ST_SMALL_KICKS] = "small_message_kicks",
+	[KV_ST_POLL_HITS] = "poll_hits",
 	[KV_ST_THREADS] = "thread_runs",
 	[KV_ST_WORKS] = "control_works",
 	[KV_ST_LOST] = "lost_doorbells",

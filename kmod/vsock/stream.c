@@ -8,8 +8,12 @@
 #include "vsock.h"
 
 #include <linux/minmax.h>
+#include <linux/moduleparam.h>
+#include <linux/sched/signal.h>
 #include <linux/uio.h>
 #include <net/sock.h>
+#include <asm/msr.h>
+#include <asm/tsc.h>
 
 /* How much is written before the reader may have it. */
 #define PUBLISH_BYTES	16384U
@@ -269,6 +273,52 @@ static int kv_poll_out(struct vsock_sock *vsk, size_t target, bool *ready)
 	return 0;
 }
 
+/*
+ * A reader about to sleep looks on for a moment first: an answer that is on its
+ * way then costs neither an interrupt nor a wake-up. Who finds nothing several
+ * times in a row looks on more rarely, so a quiet socket costs next to nothing.
+ */
+static unsigned int busy_poll_us = 100;
+module_param(busy_poll_us, uint, 0644);
+MODULE_PARM_DESC(busy_poll_us, "how long a blocking reader looks on before it sleeps; 0: not at all");
+
+#define POLL_MISSES	4	/* after so many in a row only ... */
+#define POLL_EACH	16	/* ... every so many reads look on */
+
+static bool poll_worthwhile(struct kv_sock *kv)
+{
+	return kv->poll_misses < POLL_MISSES || kv->poll_misses % POLL_EACH == 0;
+}
+
+static int kv_recv_pre_block(struct vsock_sock *vsk, size_t target,
+			     struct vsock_transport_recv_notify_data *data)
+{
+	u64 span = (u64)min(READ_ONCE(busy_poll_us), (unsigned int)USEC_PER_MSEC) * tsc_khz;
+	struct kv_sock *kv = kv_sock(vsk);
+	u64 begun;
+
+	if (!span || !kv->area || READ_ONCE(kv->dead))
+		return 0;
+	if (!poll_worthwhile(kv)) {
+		kv->poll_misses++;
+		return 0;
+	}
+	span /= 1000;	/* kHz times microseconds to cycles */
+	WRITE_ONCE(kv->rxc->rd_wait, 0);	/* nobody needs to tell us now */
+	begun = rdtsc();
+	while (smp_load_acquire(&kv->rxc->head) == kv->tail && !READ_ONCE(kv->dead) &&
+	       rdtsc() - begun < span && !need_resched() && !signal_pending(current))
+		cpu_relax();
+	if (!readable(kv, 1) && !READ_ONCE(kv->dead)) {	/* this armed again */
+		kv->poll_misses++;
+		return 0;
+	}
+	kv->poll_misses = 0;
+	kv_count(KV_ST_POLL_HITS);
+	__set_current_state(TASK_RUNNING);	/* the caller looks again instead of sleeping */
+	return 0;
+}
+
 static int kv_recv_notify(struct vsock_sock *vsk, size_t target,
 			  struct vsock_transport_recv_notify_data *data)
 {
@@ -339,7 +389,7 @@ const struct vsock_transport kv_transport = {
 	.notify_poll_in = kv_poll_in,
 	.notify_poll_out = kv_poll_out,
 	.notify_recv_init = kv_recv_notify,
-	.notify_recv_pre_block = kv_recv_notify,
+	.notify_recv_pre_block = kv_recv_pre_block,
 	.notify_recv_pre_dequeue = kv_recv_notify,
 	.notify_recv_post_dequeue = kv_recv_done,
 	.notify_send_init = kv_send_notify,

@@ -155,6 +155,7 @@ struct kv_sock {
 	u8 *rx;
 	struct kv_cursors *txc;
 	struct kv_cursors *rxc;
+	u32 poll_misses;		/* looks before sleeping that found nothing, in a row */
 	bool dead;			/* every call fails with ECONNRESET */
 };
 
@@ -219,6 +220,7 @@ enum kv_stat {
 	KV_ST_KICKS,
 	KV_ST_SMALL,
 	KV_ST_SMALL_KICKS,
+	KV_ST_POLL_HITS,
 	KV_ST_THREADS,
 	KV_ST_WORKS,
 	KV_ST_LOST,
