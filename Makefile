@@ -9,11 +9,17 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
+all: modules binaries generated
+
 QEMU := build/static/x86_64-unknown-linux-gnu/release/kmorph-qemu
 
-.PHONY: all demo test bench scenarios unit lint setup kernels modules binaries clean
+# Manual pages and completions for packages, in build/.
+generated:
+	cargo run --locked -q -p kmorphctl -- generate man build/man
+	cargo run --locked -q -p kmorphctl -- generate completions build/completions
 
-all: modules binaries
+.PHONY: all generated demo test bench scenarios unit lint setup kernels modules binaries clean
+
 
 demo: modules binaries
 	@$(QEMU) demo

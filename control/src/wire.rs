@@ -259,6 +259,11 @@ impl Client {
         }
     }
 
+    /// Wait until the daemon closes the connection; whatever it still says is of no interest.
+    pub async fn closed(mut self) {
+        while let Some(Ok(_)) = self.frames.next().await {}
+    }
+
     /// Ask and wait for the answer.
     pub async fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, OpError> {
         self.start(request).await?;

@@ -123,6 +123,16 @@ pub enum Command {
         follow: bool,
     },
 
+    /// Write manual pages or shell completions (for packages)
+    #[command(hide = true)]
+    Generate {
+        /// Which
+        #[arg(value_enum)]
+        what: Generate,
+        /// Folder to write to
+        dir: PathBuf,
+    },
+
     /// Show an instance's kernel log, read from its memory: live, or after its death
     Console {
         /// Instance name
@@ -131,6 +141,15 @@ pub enum Command {
         #[arg(long, short)]
         follow: bool,
     },
+}
+
+/// What `generate` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Generate {
+    /// A manual page for each command
+    Man,
+    /// Completions for bash, zsh and fish
+    Completions,
 }
 
 #[derive(Debug, Subcommand)]

@@ -42,7 +42,7 @@ fn spawn_args(s: &Spawn) -> Result<SpawnArgs, OpError> {
 pub async fn run(command: &Command, socket: &Path, out: &Output) -> Result<(), OpError> {
     let connect = || Client::connect(socket);
     match command {
-        Command::Daemon(_) => Ok(()), // has a module of its own
+        Command::Daemon(_) | Command::Generate { .. } => Ok(()), // have modules of their own
         Command::Spawn(s) => {
             let request = Request::Spawn(spawn_args(s)?);
             let view: InstanceView = connect().await?.call(&request).await?;

@@ -138,12 +138,8 @@ async fn stop(graceful: bool, socket: &Path, out: &Output) -> Result<(), OpError
     let mut client = Client::connect(socket).await?;
     let view: DaemonView = client.call(&Request::DaemonStatus).await?;
     let () = client.call(&Request::DaemonStop { graceful }).await?;
-    // The daemon closes the connection as the last thing it does.
-    if let Err(e) = client.call::<()>(&Request::DaemonStatus).await
-        && e.kind != ErrorKind::NoDaemon
-    {
-        return Err(e);
-    }
+    // Its connections close when it is gone, and not before.
+    client.closed().await;
     out.show(&view, |v| {
         let what = if graceful || v.running == 0 { "" } else { "; its instances run on" };
         format!("kmorphd (process {}) is stopped{what}\n", v.pid)

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod daemon;
+mod generate;
 mod output;
 
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
 async fn run(args: &Args, out: &Output) -> Result<(), OpError> {
     match &args.command {
         Command::Daemon(d) => daemon::run(d, &args.socket, out).await,
+        Command::Generate { what, dir } => generate::run(*what, dir),
         other => commands::run(other, &args.socket, out).await,
     }
 }

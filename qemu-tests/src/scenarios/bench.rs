@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kmorph_control::RecoveryStep;
 
-use super::Scenario;
+use super::{OFTEN, Scenario};
 use crate::guest::{Guest, WORKLOAD};
 use crate::host::MachineSpec;
 use crate::{Context, Result};
@@ -52,6 +52,7 @@ fn guest(g: &Guest) -> Result<()> {
     let mut kept = true;
     g.figure(&format!("{:<44} {:<34} {:<34} verdict", "number", "measured", "promise"));
     g.define("a", 1, &[2], 128)?;
+    g.configure(OFTEN)?;
     g.command("kmorphctl", &["daemon", "start"]).map(|_| ())?;
     let begun = std::time::SystemTime::now();
     spawn(g, "a", "6.12")?;
@@ -97,10 +98,10 @@ fn recoveries(g: &Guest, how: &str) -> Result<bool> {
             preparing.at_unix_ms as f64 - sent.as_secs_f64() * 1e3
         });
         let reclaiming = at("RECLAIMING_RESOURCES").unwrap_or(f64::NAN);
-        let complete = at("RECOVERY_COMPLETE").unwrap_or(f64::NAN);
+        let restarting = at("RESTARTING").unwrap_or(f64::NAN);
         fenced.push(reclaiming - declared_ms);
-        reclaimed.push(complete - reclaiming);
-        serving.push(end - complete);
+        reclaimed.push(restarting - reclaiming);
+        serving.push(end - restarting);
     }
     let [declared, fenced, reclaimed, serving] = [declared, fenced, reclaimed, serving].map(Samples::new);
     let measured = format!("p50 {:.1} ms, max {:.1} ms", declared.p50(), declared.at(1.0));

@@ -20,6 +20,9 @@ use crate::Result;
 use crate::guest::Guest;
 use crate::host::MachineSpec;
 
+/// Configuration for scenarios that fail one instance more often than an operator would stand.
+const OFTEN: &str = "recovery:\n  restart-intensity: 1000\n  restart-delay: 1ms\n";
+
 /// A story told on one machine.
 pub struct Scenario {
     /// Name on the command line.

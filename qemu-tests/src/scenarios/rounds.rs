@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Scenario;
+use super::{OFTEN, Scenario};
 use crate::guest::{Guest, WORKLOAD};
 use crate::host::MachineSpec;
 use crate::{Context, Result};
@@ -33,6 +33,7 @@ fn transport_users() -> Result<String> {
 fn guest(g: &Guest) -> Result<()> {
     g.define("phoenix", 1, &[2], 128)?;
     g.define("witness", 2, &[3], 128)?;
+    g.configure(OFTEN)?;
     g.ctl(&["daemon", "start"])?;
     let initramfs = format!("--initramfs={WORKLOAD}");
     g.ctl(&["spawn", "phoenix", "--kernel=/boot/vmlinuz-6.1", &initramfs, "--heartbeat-timeout=1"])?;

@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use super::Scenario;
+use super::{OFTEN, Scenario};
 use crate::guest::{Guest, WORKLOAD, tool};
 use crate::host::MachineSpec;
 use crate::{Context, Result};
@@ -29,6 +29,7 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 fn guest(g: &Guest) -> Result<()> {
     g.define("a", 1, &[2], 128)?;
     g.define("b", 2, &[3], 128)?;
+    g.configure(OFTEN)?;
     g.ctl(&["daemon", "start"])?;
     let initramfs = format!("--initramfs={WORKLOAD}");
     g.ctl(&["spawn", "a", "--kernel=/boot/vmlinuz-6.1", &initramfs])?;

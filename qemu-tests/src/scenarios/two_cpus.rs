@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Scenario;
+use super::{OFTEN, Scenario};
 use crate::Result;
 use crate::guest::{Guest, WORKLOAD};
 use crate::host::MachineSpec;
@@ -18,6 +18,7 @@ pub const SCENARIO: Scenario = Scenario {
 
 fn guest(g: &Guest) -> Result<()> {
     g.define("pair", 1, &[2, 3], 160)?;
+    g.configure(OFTEN)?;
     g.ctl(&["daemon", "start"])?;
     for series in ["6.1", "6.12"] {
         let kernel = format!("--kernel=/boot/vmlinuz-{series}");
