@@ -9,6 +9,8 @@
  * instance's initramfs has no libraries.
  */
 #define _GNU_SOURCE
+#include "vsock_check.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -16,42 +18,20 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/socket.h>
+#include <sys/mman.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
-#include <linux/vm_sockets.h>
-
-/* The first bytes on every connection: what the server is to do with it. */
-enum order_kind {
-	ECHO = 1,		/* until end of file */
-	COUNT,			/* read to end of file, answer with the number of bytes */
-	LEAVE,			/* after arg ms, whatever is unread */
-	ABORT,			/* SO_LINGER 0 */
-	SEND,			/* arg bytes, then end of file; read to the end */
-	DEAF,			/* shut down reading for arg ms */
-	LISTEN,			/* on port arg with a backlog of two, until told */
-	WATCH,			/* read to the end, keep how it ended */
-	HOW,			/* tell how the last WATCH ended */
-	IDLE,			/* never read */
-};
-
-struct order {
-	uint32_t kind;
-	uint32_t arg;
-};
 
 #define BIG		300000
 #define UNUSED_PORT	7
 
 static unsigned int cid, port;
 static unsigned int failures;
-static volatile int watched = -1;
 
 static void fail(int line, const char *what, const char *format, ...)
 {
@@ -76,28 +56,6 @@ static double now(void)
 	return t.tv_sec + t.tv_nsec / 1e9;
 }
 
-static void sleep_ms(unsigned int ms)
-{
-	usleep(ms * 1000);
-}
-
-static struct sockaddr_vm address(unsigned int to_cid, unsigned int to_port)
-{
-	return (struct sockaddr_vm){
-		.svm_family = AF_VSOCK, .svm_cid = to_cid, .svm_port = to_port,
-	};
-}
-
-static int listen_on(unsigned int at, int backlog)
-{
-	struct sockaddr_vm here = address(VMADDR_CID_ANY, at);
-	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
-
-	if (fd < 0 || bind(fd, (void *)&here, sizeof(here)) || listen(fd, backlog))
-		return -errno;
-	return fd;
-}
-
 /* A connection to a port of the other kernel, or -errno. */
 static int dial(unsigned int to_port, uint64_t buffer, int flags)
 {
@@ -111,149 +69,6 @@ static int dial(unsigned int to_port, uint64_t buffer, int flags)
 	err = errno;
 	close(fd);
 	return -err;
-}
-
-/* 0, or -errno; a short count shows as -EPIPE. */
-static int read_all(int fd, void *data, size_t size)
-{
-	for (size_t done = 0; done < size; ) {
-		ssize_t n = read(fd, (char *)data + done, size - done);
-
-		if (n <= 0)
-			return n ? -errno : -EPIPE;
-		done += n;
-	}
-	return 0;
-}
-
-static int write_all(int fd, const void *data, size_t size)
-{
-	for (size_t done = 0; done < size; ) {
-		ssize_t n = write(fd, (const char *)data + done, size - done);
-
-		if (n < 0)
-			return -errno;
-		done += n;
-	}
-	return 0;
-}
-
-/* Bytes up to end of file; *err is 0 or how it ended. */
-static size_t drain(int fd, int *err)
-{
-	char data[4096];
-	size_t all = 0;
-	ssize_t n;
-
-	while ((n = read(fd, data, sizeof(data))) > 0)
-		all += n;
-	*err = n ? errno : 0;
-	return all;
-}
-
-static void linger_zero(int fd)
-{
-	struct linger none = { .l_onoff = 1 };
-
-	setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof(none));
-}
-
-static void send_zeroes(int fd, size_t size)
-{
-	static const char zeroes[65536];
-
-	for (size_t n; size; size -= n) {
-		n = size < sizeof(zeroes) ? size : sizeof(zeroes);
-		if (write_all(fd, zeroes, n))
-			return;
-	}
-}
-
-static void echo(int fd)
-{
-	char data[16384];
-	ssize_t n;
-
-	while ((n = read(fd, data, sizeof(data))) > 0)
-		if (write_all(fd, data, n))
-			return;
-}
-
-static void *obey(void *arg)
-{
-	int fd = (intptr_t)arg, err, other;
-	struct order order;
-	uint64_t count;
-	char byte;
-
-	if (read_all(fd, &order, sizeof(order)))
-		order.kind = 0;
-	switch (order.kind) {
-	case ECHO:
-		echo(fd);
-		break;
-	case COUNT:
-		count = drain(fd, &err);
-		write_all(fd, &count, sizeof(count));
-		break;
-	case LEAVE:
-		sleep_ms(order.arg);
-		break;
-	case ABORT:
-		linger_zero(fd);
-		break;
-	case SEND:
-		send_zeroes(fd, order.arg);
-		shutdown(fd, SHUT_WR);
-		drain(fd, &err);
-		break;
-	case DEAF:
-		shutdown(fd, SHUT_RD);
-		sleep_ms(order.arg);
-		break;
-	case LISTEN:
-		other = listen_on(order.arg, 2);
-		write_all(fd, &other, sizeof(other));
-		err = read(fd, &byte, 1);
-		close(other);
-		break;
-	case WATCH:
-		drain(fd, &err);
-		watched = err;
-		break;
-	case HOW:
-		sleep_ms(100);
-		err = watched;
-		watched = -1;
-		write_all(fd, &err, sizeof(err));
-		break;
-	case IDLE:
-		pause();
-		break;
-	}
-	close(fd);
-	return NULL;
-}
-
-static int serve(unsigned int at)
-{
-	int listener = listen_on(at, 128);
-
-	if (listener < 0) {
-		fprintf(stderr, "listen: %s\n", strerror(-listener));
-		return 1;
-	}
-	for (;;) {
-		int fd = accept(listener, NULL, NULL);
-		pthread_t thread;
-
-		if (fd < 0)
-			continue;
-		if (pthread_create(&thread, NULL, obey, (void *)(intptr_t)fd))
-			close(fd);
-		else
-			pthread_detach(thread);
-	}
 }
 
 static int order(enum order_kind kind, uint32_t arg, uint64_t buffer)
@@ -450,6 +265,7 @@ static void edge_triggered(void)
 static void options(void)
 {
 	int fd = order(ECHO, 0, 8192), low = 5000;
+	void *nowhere = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct timeval timeout = { .tv_usec = 200000 };
 	static char out[6000], in[6000];
 	double start;
@@ -476,7 +292,7 @@ static void options(void)
 
 	write_all(fd, out, 64);
 	CHECK(poll_for(fd, POLLIN, 3000), "no echo");
-	CHECK(read(fd, (void *)8, 64) == -1, "read to a bad address");
+	CHECK(read(fd, nowhere, 64) == -1, "read to a bad address");
 	CHECK(!read_all(fd, in, 64) && !memcmp(in, out, 64), "lost by a read to a bad address");
 	close(fd);
 }
