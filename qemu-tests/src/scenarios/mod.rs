@@ -43,6 +43,7 @@ pub struct Scenario {
 pub const ALL: &[&Scenario] = &[
     &story::SCENARIO,
     &substrate::SCENARIO,
+    &substrate::ON_NEWER,
     &swapped::SCENARIO,
     &two_cpus::SCENARIO,
     &high_memory::SCENARIO,

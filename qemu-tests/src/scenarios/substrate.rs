@@ -28,6 +28,13 @@ pub const SCENARIO: Scenario = Scenario {
     limit: Duration::from_secs(120),
 };
 
+/// The same on the other series.
+pub const ON_NEWER: Scenario = Scenario {
+    name: "substrate-6.12",
+    machine: || MachineSpec { primary: "6.12", ..Default::default() },
+    ..SCENARIO
+};
+
 const ID: InstanceId = InstanceId(1);
 
 async fn event(
