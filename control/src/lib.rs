@@ -3,8 +3,8 @@
 //! A client sends a [`Hello`], gets one back, then sends [`Request`]s; each gets zero or more
 //! [`Reply::Item`]s and ends with one [`Reply::Done`] or [`Reply::Error`].
 
-mod error;
-mod views;
+pub mod error;
+pub mod views;
 mod wire;
 
 pub use error::{ErrorKind, OpError};
