@@ -4,6 +4,12 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use kmp::message::Hello;
+use kmp::session::Session;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use tokio_vsock::{VsockAddr, VsockStream};
+
 use super::Scenario;
 use crate::guest::{Guest, WORKLOAD};
 use crate::host::MachineSpec;
@@ -93,6 +99,10 @@ fn guest(g: &Guest) -> Result<()> {
         (0..50).map(|_| UnixStream::connect(SOCKET).context("connect")).collect::<Result<_>>()?;
     g.ctl(&["ping", "one"])?;
     drop(lazy);
+
+    g.chapter("an agent that is sent what is not KMP");
+    g.wait(garbage_to_agent())?;
+    g.ctl(&["ping", "one"])?;
     let v = g.healthy("one")?;
     g.check(v.incarnation == 1, || format!("one was disturbed: {v:?}"))?;
     let missed = g.heartbeat("one")?.missed;
@@ -100,4 +110,31 @@ fn guest(g: &Guest) -> Result<()> {
     g.ctl(&["daemon", "stop", "--graceful"])?;
     g.check(g.online()? == "0-3", || "not all CPUs are back".into())?;
     g.kernel_is_clean()
+}
+
+/// Frames with a wrong magic, version, length and checksum: the agent closes each connection and
+/// answers the next one.
+async fn garbage_to_agent() -> Result<()> {
+    let mut good = Vec::new();
+    let mut session = Session::client(Hello { instance: 1, ..Hello::default() });
+    session.start(1);
+    good.extend_from_slice(session.output());
+    let damages: [(&str, fn(&mut [u8])); 4] = [
+        ("magic", |f| f[0] ^= 1),
+        ("version", |f| f[4] = 99),
+        ("length", |f| f[12..16].copy_from_slice(&u32::MAX.to_le_bytes())),
+        ("checksum", |f| f[24] ^= 1),
+    ];
+    for (what, damage) in damages {
+        let mut frame = good.clone();
+        damage(&mut frame);
+        let mut s =
+            VsockStream::connect(VsockAddr::new(3, kmp::PORT)).await.context("connect to the agent")?;
+        AsyncWriteExt::write_all(&mut s, &frame).await.context("write")?;
+        let mut rest = Vec::new();
+        let end = timeout(Duration::from_secs(10), AsyncReadExt::read_to_end(&mut s, &mut rest)).await;
+        // It may end in order or with a reset: what was sent after the mistake is not read.
+        end.map_err(|_| format!("a frame with a wrong {what} did not end the connection"))?.ok();
+    }
+    Ok(())
 }
