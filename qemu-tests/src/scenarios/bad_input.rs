@@ -119,7 +119,8 @@ async fn garbage_to_agent() -> Result<()> {
     let mut session = Session::client(Hello { instance: 1, ..Hello::default() });
     session.start(1);
     good.extend_from_slice(session.output());
-    let damages: [(&str, fn(&mut [u8])); 4] = [
+    type Damage = fn(&mut [u8]);
+    let damages: [(&str, Damage); 4] = [
         ("magic", |f| f[0] ^= 1),
         ("version", |f| f[4] = 99),
         ("length", |f| f[12..16].copy_from_slice(&u32::MAX.to_le_bytes())),
