@@ -297,6 +297,39 @@ static void options(void)
 	close(fd);
 }
 
+static void *read_one(void *arg)
+{
+	char byte;
+
+	return (void *)(intptr_t)read((intptr_t)arg, &byte, 1);
+}
+
+/* One thread polls, another one reads: what the reader takes must not cost the poller its event. */
+static void two_waiters(void)
+{
+	int fd = order(ECHO, 0, 0), epoll = epoll_create1(0), i;
+	struct epoll_event event = { .events = EPOLLIN };
+	pthread_t reader;
+	char byte;
+
+	epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+	for (i = 0; i < 300; i++) {
+		epoll_wait(epoll, &event, 1, 0);	/* arms */
+		if (pthread_create(&reader, NULL, read_one, (void *)(intptr_t)fd))
+			abort();
+		write_all(fd, "r", 1);
+		pthread_join(reader, NULL);
+		write_all(fd, "p", 1);
+		if (epoll_wait(epoll, &event, 1, 3000) != 1) {
+			fail(__LINE__, "epoll_wait", "round %d: nobody was told", i);
+			break;
+		}
+		read_all(fd, &byte, 1);
+	}
+	close(epoll);
+	close(fd);
+}
+
 #define STREAM_WORDS	(1 << 20)
 
 static void *stream_out(void *arg)
@@ -393,6 +426,7 @@ static const struct {
 	{ "backlog", backlog },
 	{ "edge-triggered", edge_triggered },
 	{ "options", options },
+	{ "two-waiters", two_waiters },
 	{ "streams", streams },
 	{ "many", many },
 	{ "churn", churn },

@@ -290,6 +290,23 @@ static bool poll_worthwhile(struct kv_sock *kv)
 	return kv->poll_misses < POLL_MISSES || kv->poll_misses % POLL_EACH == 0;
 }
 
+/*
+ * Does nobody but the caller wait on the socket? Who is on the queue already may
+ * rely on the ring being armed; who comes later arms it, after we let go of the
+ * socket's lock.
+ */
+static bool only_waiter(struct sock *sk)
+{
+	struct wait_queue_head *queue = sk_sleep(sk);
+	unsigned long flags;
+	bool only;
+
+	spin_lock_irqsave(&queue->lock, flags);
+	only = list_is_singular(&queue->head);
+	spin_unlock_irqrestore(&queue->lock, flags);
+	return only;
+}
+
 static int kv_recv_pre_block(struct vsock_sock *vsk, size_t target,
 			     struct vsock_transport_recv_notify_data *data)
 {
@@ -304,7 +321,8 @@ static int kv_recv_pre_block(struct vsock_sock *vsk, size_t target,
 		return 0;
 	}
 	span /= 1000;	/* kHz times microseconds to cycles */
-	WRITE_ONCE(kv->rxc->rd_wait, 0);	/* nobody needs to tell us now */
+	if (only_waiter(sk_vsock(vsk)))
+		WRITE_ONCE(kv->rxc->rd_wait, 0);	/* nobody needs to tell us now */
 	begun = rdtsc();
 	while (smp_load_acquire(&kv->rxc->head) == kv->tail && !READ_ONCE(kv->dead) &&
 	       rdtsc() - begun < span && !need_resched() && !signal_pending(current))
@@ -347,7 +365,8 @@ static int kv_no_dgram_bind(struct vsock_sock *vsk, struct sockaddr_vm *addr)
 	return -EOPNOTSUPP;
 }
 
-static int kv_no_dgram_dequeue(struct vsock_sock *vsk, struct msghdr *msg, size_t length, int flags)
+static int kv_no_dgram_dequeue(struct vsock_sock *vsk, struct msghdr *msg, size_t length,
+			       int flags)
 {
 	return -EOPNOTSUPP;
 }
