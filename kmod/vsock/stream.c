@@ -280,7 +280,8 @@ static int kv_poll_out(struct vsock_sock *vsk, size_t target, bool *ready)
  */
 static unsigned int busy_poll_us = 100;
 module_param(busy_poll_us, uint, 0644);
-MODULE_PARM_DESC(busy_poll_us, "how long a blocking reader looks on before it sleeps; 0: not at all");
+MODULE_PARM_DESC(busy_poll_us,
+		 "how long a blocking reader looks on before it sleeps; 0: not at all");
 
 #define POLL_MISSES	4	/* after so many in a row only ... */
 #define POLL_EACH	16	/* ... every so many reads look on */
