@@ -1,6 +1,7 @@
 //! The decisions, as pure state machines.
 
 pub mod health;
+pub mod measure;
 pub mod policy;
 pub mod recovery;
 pub mod supervisor;

@@ -102,15 +102,22 @@ impl<T> Requests<T> {
     /// A new request that is given up `timeout` from now. Returns its sequence, never 0 and never one that
     /// is outstanding.
     pub fn begin(&mut self, now: Duration, timeout: Duration, context: T) -> u32 {
+        let sequence = self.begin_once(now, timeout, context);
+        if let Some(p) = self.pending.get_mut(&sequence) {
+            p.retry_at = retry_time(&self.policy, &mut self.jitter, p, now);
+        }
+        sequence
+    }
+
+    /// Like [`Requests::begin`], for a request that is never repeated, such as a heartbeat.
+    pub fn begin_once(&mut self, now: Duration, timeout: Duration, context: T) -> u32 {
         while self.next == 0 || self.pending.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }
         let sequence = self.next;
         self.next = self.next.wrapping_add(1);
-        let mut request =
-            Pending { context, sent: now, deadline: now.saturating_add(timeout), retry_at: None, retries: 0 };
-        request.retry_at = retry_time(&self.policy, &mut self.jitter, &request, now);
-        self.pending.insert(sequence, request);
+        let deadline = now.saturating_add(timeout);
+        self.pending.insert(sequence, Pending { context, sent: now, deadline, retry_at: None, retries: 0 });
         sequence
     }
 

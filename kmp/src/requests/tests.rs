@@ -45,6 +45,14 @@ fn answers_match_once_and_late_ones_are_counted() {
 }
 
 #[test]
+fn a_request_sent_once_only_expires() {
+    let mut r = Requests::new(exact(), 1);
+    let sequence = r.begin_once(Duration::ZERO, 1000 * MS, ());
+    assert_eq!(r.next_due(), Some(1000 * MS));
+    assert_eq!(r.poll(1000 * MS), [Due::Expired { sequence, context: (), retries: 0 }]);
+}
+
+#[test]
 fn retry_messages_postpone() {
     let mut r = Requests::new(exact(), 1);
     let s = r.begin(Duration::ZERO, 1000 * MS, ());

@@ -120,21 +120,21 @@ fn every_cell_of_the_table() {
 }
 
 fn trace(actions: &[Action]) -> String {
-    let words = actions.iter().filter_map(|a| match a {
-        Action::OpenIncident => Some("incident".to_owned()),
-        Action::Journal { phase, recovered: Some(r), .. } => Some(format!("{phase}({r})")),
-        Action::Journal { phase, .. } => Some((*phase).to_owned()),
-        Action::Fence => Some("fence".into()),
-        Action::Capture => Some("capture".into()),
-        Action::Reclaim { release_cpus } => Some(format!("reclaim({release_cpus})")),
-        Action::Boot => Some("boot".into()),
-        Action::Watch { adopted } => Some(format!("watch({adopted})")),
-        Action::Unwatch => Some("unwatch".into()),
-        Action::ArmRestart(d) => Some(format!("arm({})", d.as_secs_f64().ceil())),
-        Action::DisarmRestart => Some("disarm".into()),
-        Action::Settled(o) => Some(format!("={}", format!("{o:?}").split('(').next().unwrap())),
-        Action::Alert(_) => Some("alert".into()),
-        Action::Refuse(_) => Some("refuse".into()),
+    let words = actions.iter().map(|a| match a {
+        Action::OpenIncident => "incident".to_owned(),
+        Action::Journal { phase, recovered: Some(r), .. } => format!("{phase}({r})"),
+        Action::Journal { phase, .. } => (*phase).to_owned(),
+        Action::Fence => "fence".into(),
+        Action::Capture => "capture".into(),
+        Action::Reclaim { release_cpus } => format!("reclaim({release_cpus})"),
+        Action::Boot => "boot".into(),
+        Action::Watch { adopted } => format!("watch({adopted})"),
+        Action::Unwatch => "unwatch".into(),
+        Action::ArmRestart(d) => format!("arm({})", d.as_secs_f64().ceil()),
+        Action::DisarmRestart => "disarm".into(),
+        Action::Settled(o) => format!("={}", format!("{o:?}").split('(').next().unwrap()),
+        Action::Alert(_) => "alert".into(),
+        Action::Refuse(_) => "refuse".into(),
     });
     words.collect::<Vec<_>>().join(" ")
 }

@@ -1,0 +1,76 @@
+//! What kmorphd gives the tree.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use kmorph_control::error::OpError;
+use kmorph_platform::{InstanceSpec, PlatformError};
+
+use crate::core::policy::Policy;
+use crate::store::StoreError;
+
+/// Settings of the tree.
+#[derive(Clone, Debug)]
+pub struct TreeConfig {
+    /// Policy of instances that have none of their own.
+    pub defaults: Policy,
+    /// Policies of instances by name.
+    pub policies: HashMap<String, Policy>,
+    /// How long each actor may take to stop before it is killed.
+    pub shutdown_limit: Duration,
+    /// How long an agent may take to stop its workload when its instance is terminated.
+    pub terminate_grace: Duration,
+    /// How long one call to the store may take.
+    pub store_limit: Duration,
+    /// How long a fence, and how long taking resources back, may take.
+    pub effect_limit: Duration,
+    /// Seed of every jitter.
+    pub seed: u64,
+    /// What HELLO says of this side.
+    pub release: String,
+}
+
+impl Default for TreeConfig {
+    fn default() -> Self {
+        TreeConfig {
+            defaults: Policy::default(),
+            policies: HashMap::new(),
+            shutdown_limit: Duration::from_secs(5),
+            terminate_grace: Duration::from_secs(10),
+            store_limit: Duration::from_secs(5),
+            effect_limit: Duration::from_secs(30),
+            seed: 0,
+            release: concat!("kmorphd ", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+}
+
+impl TreeConfig {
+    /// The policy of an instance.
+    pub fn policy(&self, name: &str) -> Policy {
+        self.policies.get(name).copied().unwrap_or(self.defaults)
+    }
+}
+
+/// Where instance definitions come from. Calls may block: the tree makes them off its own threads.
+pub trait Definitions: Send + Sync + 'static {
+    /// The definition of this name.
+    fn load(&self, name: &str) -> Result<InstanceSpec, OpError>;
+
+    /// All definitions that can be read; one that cannot is left out and logged by the implementation.
+    fn all(&self) -> Vec<InstanceSpec>;
+}
+
+/// Why the tree did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store could not be read.
+    #[error("read what is remembered of instances: {0}")]
+    Store(#[from] StoreError),
+    /// The platform could not be asked.
+    #[error("ask the platform what runs: {0}")]
+    Platform(#[from] PlatformError),
+    /// An actor did not start.
+    #[error("start the supervision tree: {0}")]
+    Actor(String),
+}

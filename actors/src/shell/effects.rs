@@ -1,0 +1,342 @@
+//! Carries out what a recovery decided: journals it, then does it. Long work runs in tasks of its own whose
+//! results come back to the instance as messages, so this actor is always there for the next order.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures::FutureExt;
+use kmorph_control::views::RecoveryStep;
+use kmorph_platform::{
+    BootRequest, Booted, ExistingInstance, FenceReport, InstanceId, PlatformError, ReclaimReport,
+};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
+use tokio::time::{Instant, timeout};
+use tracing::{error, info, warn};
+
+use super::children::{ChildDef, Started};
+use super::instance::{Env, InstanceMsg};
+use super::link::Link;
+use crate::core::supervisor::ChildSpec;
+use crate::store::{InstanceRecord, StoreError};
+use crate::telemetry;
+
+/// Console records kept for the report of a failed start.
+const CONSOLE_LINES: usize = 20;
+/// Longest time to read a console.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Something to write down.
+#[derive(Clone, Debug)]
+pub(crate) enum Order {
+    /// A failure was first noticed then: number an incident.
+    Open { noticed: Instant },
+    /// A step.
+    Journal { phase: &'static str, detail: String, recovered: Option<bool>, at: Instant, at_unix_ms: u64 },
+}
+
+/// Something to do, with what it needs.
+#[derive(Clone, Debug)]
+pub(crate) enum Effect {
+    /// See what the platform has of the instance.
+    Look,
+    Boot(BootRequest),
+    Fence {
+        incarnation: u64,
+    },
+    Reclaim {
+        incarnation: u64,
+        release_cpus: bool,
+    },
+    Capture,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) enum Done {
+    Look(Result<Vec<ExistingInstance>, String>),
+    Boot(Result<Booted, String>, Vec<String>),
+    Fence(Result<FenceReport, String>, Vec<String>),
+    Reclaim(Result<Option<ReclaimReport>, String>),
+    Capture(Result<String, String>),
+}
+
+/// One decision's worth of work.
+#[derive(Clone, Debug)]
+pub(crate) struct Run {
+    /// Which life of the instance actor asks.
+    pub(crate) epoch: u64,
+    /// Number within that life.
+    pub(crate) op: u64,
+    pub(crate) orders: Vec<Order>,
+    pub(crate) record: Box<InstanceRecord>,
+    pub(crate) effect: Option<Effect>,
+}
+
+/// Messages of the recovery actor.
+pub(crate) enum EffectsMsg {
+    Run(Run),
+    #[cfg(test)]
+    Panic,
+}
+
+/// The incident that is open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Incident {
+    pub(crate) number: u64,
+    pub(crate) noticed: Instant,
+}
+
+/// What outlives the actors of an instance.
+#[derive(Clone, Default)]
+pub(crate) struct SharedIncident(Arc<Mutex<Option<Incident>>>);
+
+impl SharedIncident {
+    pub(crate) fn get(&self) -> Option<Incident> {
+        *self.lock()
+    }
+
+    pub(crate) fn set(&self, incident: Option<Incident>) {
+        *self.lock() = incident;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Incident>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What it needs.
+#[derive(Clone)]
+pub(crate) struct EffectsArgs {
+    pub(crate) name: String,
+    pub(crate) id: InstanceId,
+    pub(crate) env: Arc<Env>,
+    pub(crate) link: Link<EffectsMsg>,
+    pub(crate) owner: Link<InstanceMsg>,
+    pub(crate) incident: SharedIncident,
+    /// One effect of an instance at a time, whatever becomes of the actor that began it.
+    pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// Milliseconds since the Unix epoch.
+pub(crate) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl EffectsArgs {
+    /// A call to the store within its limit. A store that fails is reported, and recovery goes on: a dead
+    /// kernel that is not fenced is worse than a step that is not written down.
+    async fn store<T>(&self, what: &str, call: impl Future<Output = Result<T, StoreError>>) -> Option<T> {
+        let limit = self.env.config.store_limit;
+        match timeout(limit, call).await {
+            Ok(Ok(value)) => Some(value),
+            Ok(Err(error)) => {
+                error!(instance = %self.name, %error, "store: cannot {what}");
+                None
+            }
+            Err(_) => {
+                error!(instance = %self.name, ?limit, "store: took too long to {what}");
+                None
+            }
+        }
+    }
+
+    async fn run(&self, mut run: Run) {
+        for order in &run.orders {
+            match order {
+                Order::Open { noticed } => {
+                    let number = self
+                        .store("number an incident", self.env.store.next_incident())
+                        .await
+                        .unwrap_or_default();
+                    self.incident.set(Some(Incident { number, noticed: *noticed }));
+                }
+                Order::Journal { phase, detail, recovered, at, at_unix_ms } => {
+                    self.journal(&run.record, phase, detail, *recovered, *at, *at_unix_ms).await;
+                }
+            }
+        }
+        run.record.incident = self.incident.get().map_or(0, |i| i.number);
+        self.store("save the instance", self.env.store.save_instance(&run.record)).await;
+        self.owner.send(InstanceMsg::Ran { epoch: run.epoch, op: run.op });
+        if let Some(effect) = run.effect {
+            self.begin(run.epoch, run.op, effect);
+        }
+    }
+
+    async fn journal(
+        &self,
+        record: &InstanceRecord,
+        phase: &'static str,
+        detail: &str,
+        recovered: Option<bool>,
+        at: Instant,
+        at_unix_ms: u64,
+    ) {
+        let Some(incident) = self.incident.get() else {
+            info!(instance = %self.name, incarnation = record.incarnation, phase, "{detail}");
+            return;
+        };
+        let offset = at.saturating_duration_since(incident.noticed);
+        info!(
+            instance = %self.name, incarnation = record.incarnation, incident = incident.number, phase,
+            offset_us = offset.as_micros() as u64, "{detail}"
+        );
+        telemetry::recovery_step(phase);
+        let step = RecoveryStep {
+            incident: incident.number,
+            instance: self.name.clone(),
+            incarnation: record.incarnation,
+            at_unix_ms,
+            offset_us: u64::try_from(offset.as_micros()).unwrap_or(u64::MAX),
+            phase: phase.to_owned(),
+            detail: detail.to_owned(),
+            recovered,
+        };
+        self.store("journal a step", self.env.store.journal(&step)).await;
+        if let Some(recovered) = recovered {
+            self.incident.set(None);
+            telemetry::recovery_end(&self.name, recovered, offset);
+        }
+    }
+
+    /// Start the effect in a task of its own and see to it that a result comes back.
+    fn begin(&self, epoch: u64, op: u64, effect: Effect) {
+        let (args, owner) = (self.clone(), self.owner.clone());
+        let lost = lost(&effect);
+        let task = tokio::spawn(async move {
+            let _gate = args.gate.lock().await;
+            args.carry_out(effect).await
+        });
+        tokio::spawn(async move {
+            let done = match task.await {
+                Ok(done) => done,
+                Err(error) => lost(error.to_string()),
+            };
+            owner.send(InstanceMsg::Done { epoch, op, done });
+        });
+    }
+
+    async fn carry_out(&self, effect: Effect) -> Done {
+        let (platform, id, limit) = (&self.env.platform, self.id, self.env.config.effect_limit);
+        match effect {
+            Effect::Look => {
+                Done::Look(within(limit, "ask the platform what runs", platform.existing()).await)
+            }
+            Effect::Boot(request) => match platform.boot(&request).await {
+                // Not limited from here: a start that is dropped half-way would leave nobody responsible.
+                Ok(booted) => Done::Boot(Ok(booted), vec![]),
+                Err(error) => Done::Boot(Err(error.to_string()), self.console().await),
+            },
+            Effect::Fence { incarnation } => {
+                let fenced = timeout(limit, platform.fence(id, incarnation)).await;
+                let result = match fenced {
+                    // Nothing of it is there, so nothing of it can run.
+                    Ok(Err(PlatformError::Unknown(_))) => {
+                        Ok(FenceReport { cpus: vec![], complete: true, took: Duration::ZERO })
+                    }
+                    Ok(result) => result.map_err(|e| e.to_string()),
+                    Err(_) => Err(format!("stopping its CPUs took longer than {limit:?}")),
+                };
+                Done::Fence(result, self.console().await)
+            }
+            Effect::Reclaim { incarnation, release_cpus } => {
+                match timeout(limit, platform.reclaim(id, incarnation, release_cpus)).await {
+                    Ok(Err(PlatformError::Unknown(_))) => Done::Reclaim(Ok(None)),
+                    Ok(result) => Done::Reclaim(result.map(Some).map_err(|e| e.to_string())),
+                    Err(_) => Done::Reclaim(Err(format!("it took longer than {limit:?}"))),
+                }
+            }
+            Effect::Capture => Done::Capture(Err("this daemon has no dump writer".into())),
+        }
+    }
+
+    /// The last lines of the instance's console.
+    async fn console(&self) -> Vec<String> {
+        match timeout(CONSOLE_LIMIT, self.env.platform.console(self.id, 0)).await {
+            Ok(Ok(log)) => {
+                let skip = log.records.len().saturating_sub(CONSOLE_LINES);
+                log.records.into_iter().skip(skip).map(|r| r.text).collect()
+            }
+            Ok(Err(error)) => {
+                warn!(instance = %self.name, %error, "its console cannot be read");
+                vec![]
+            }
+            Err(_) => {
+                warn!(instance = %self.name, limit = ?CONSOLE_LIMIT, "reading its console took too long");
+                vec![]
+            }
+        }
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    what: &str,
+    call: impl Future<Output = Result<T, PlatformError>>,
+) -> Result<T, String> {
+    match timeout(limit, call).await {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err(format!("to {what} took longer than {limit:?}")),
+    }
+}
+
+/// What an effect comes to when its task panicked.
+fn lost(effect: &Effect) -> fn(String) -> Done {
+    match effect {
+        Effect::Look => |e| Done::Look(Err(e)),
+        Effect::Boot(_) => |e| Done::Boot(Err(e), vec![]),
+        Effect::Fence { .. } => |e| Done::Fence(Err(e), vec![]),
+        Effect::Reclaim { .. } => |e| Done::Reclaim(Err(e)),
+        Effect::Capture => |e| Done::Capture(Err(e)),
+    }
+}
+
+/// The actor.
+pub(crate) struct Effects;
+
+#[ractor::async_trait]
+impl Actor for Effects {
+    type Msg = EffectsMsg;
+    type State = EffectsArgs;
+    type Arguments = EffectsArgs;
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<EffectsMsg>,
+        args: EffectsArgs,
+    ) -> Result<EffectsArgs, ActorProcessingErr> {
+        Ok(args)
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<EffectsMsg>,
+        message: EffectsMsg,
+        state: &mut EffectsArgs,
+    ) -> Result<(), ActorProcessingErr> {
+        state.link.taken();
+        match message {
+            EffectsMsg::Run(run) => state.run(run).await,
+            #[cfg(test)]
+            EffectsMsg::Panic => panic!("asked to panic"),
+        }
+        Ok(())
+    }
+}
+
+/// The actor as a child.
+pub(crate) fn child(args: EffectsArgs) -> ChildDef {
+    let start = Arc::new(move |parent: ActorCell| {
+        let args = args.clone();
+        async move {
+            let link = args.link.clone();
+            let (actor, _) =
+                Actor::spawn_linked(None, Effects, args, parent).await.map_err(|e| e.to_string())?;
+            link.set(actor.clone());
+            Ok(Started::worker(actor.get_cell()))
+        }
+        .boxed()
+    });
+    ChildDef { spec: ChildSpec::new("recovery"), start }
+}

@@ -1,0 +1,325 @@
+//! Looks at an instance's pulse and asks its agent for heartbeats, on time, and knows when it was late itself.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use kmorph_platform::InstanceId;
+use kmp::message::{HeartbeatRsp, Metrics};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
+use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, warn};
+
+use super::children::{ChildDef, Started};
+use super::instance::{Env, InstanceMsg};
+use super::link::Link;
+use super::transport::TransportMsg;
+use crate::core::health::Event;
+use crate::core::measure::{BeatStats, BeatTracker, PulseTracker};
+use crate::core::policy::Policy;
+use crate::core::supervisor::ChildSpec;
+use crate::telemetry;
+
+/// Heartbeats asked for by hand that may wait for an answer.
+const MAX_PINGS: usize = 16;
+
+/// Messages of the heartbeat actor.
+pub(crate) enum HeartbeatMsg {
+    /// Watch this life of the instance.
+    Watch { incarnation: u64, policy: Policy },
+    /// Watch nothing.
+    Idle,
+    /// The timer rang; it should have at `due`.
+    Tick { due: Instant, round: u64 },
+    /// Look and ask now.
+    Probe,
+    /// Look at the pulse now.
+    Look,
+    /// Count silence from now on.
+    Remeasure,
+    /// A heartbeat by hand; the answer is its round trip and the life that answered.
+    Ping(oneshot::Sender<(Duration, u64)>),
+    /// The agent answered.
+    Answer { serial: u64, rtt: Duration, answer: Box<HeartbeatRsp> },
+    #[cfg(test)]
+    Panic,
+}
+
+/// What was read last, for views.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Readings {
+    pub(crate) stats: BeatStats,
+    pub(crate) answered: Option<Instant>,
+    pub(crate) pulse_moved: Option<Instant>,
+    pub(crate) pulse_count: Option<u64>,
+    pub(crate) metrics: Option<(Instant, Metrics)>,
+}
+
+/// [`Readings`] shared with the instance actor.
+#[derive(Clone, Default)]
+pub(crate) struct SharedReadings(Arc<Mutex<Readings>>);
+
+impl SharedReadings {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Readings> {
+        // Plain figures: a panic elsewhere leaves nothing half done that matters.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What it needs.
+#[derive(Clone)]
+pub(crate) struct HeartbeatArgs {
+    pub(crate) name: String,
+    pub(crate) id: InstanceId,
+    pub(crate) env: Arc<Env>,
+    pub(crate) link: Link<HeartbeatMsg>,
+    pub(crate) owner: Link<InstanceMsg>,
+    pub(crate) readings: SharedReadings,
+}
+
+struct Watched {
+    incarnation: u64,
+    policy: Policy,
+    pulse: PulseTracker,
+    beats: BeatTracker,
+    pings: HashMap<u64, oneshot::Sender<(Duration, u64)>>,
+    pulse_error: Option<String>,
+}
+
+pub(crate) struct HeartbeatState {
+    args: HeartbeatArgs,
+    watched: Option<Watched>,
+    round: u64,
+    timer: Option<AbortHandle>,
+}
+
+impl Drop for HeartbeatState {
+    fn drop(&mut self) {
+        self.quiet();
+    }
+}
+
+impl HeartbeatState {
+    fn now(&self) -> Duration {
+        self.args.env.now()
+    }
+
+    fn quiet(&mut self) {
+        self.round += 1;
+        if let Some(timer) = self.timer.take() {
+            timer.abort();
+        }
+    }
+
+    fn arm(&mut self, after: Duration) {
+        let (due, round) = (Instant::now() + after, self.round);
+        let link = self.args.link.clone();
+        let task = tokio::spawn(async move {
+            sleep_until(due).await;
+            link.send(HeartbeatMsg::Tick { due, round });
+        });
+        self.timer = Some(task.abort_handle());
+    }
+
+    fn watch(&mut self, incarnation: u64, policy: Policy) {
+        self.quiet();
+        let now = self.now();
+        self.watched = Some(Watched {
+            incarnation,
+            policy,
+            pulse: PulseTracker::new(policy.pulse_silence(), now),
+            beats: BeatTracker::new(policy.heartbeat_interval(), policy.heartbeat_timeout, now),
+            pings: HashMap::new(),
+            pulse_error: None,
+        });
+        *self.args.readings.lock() = Readings::default();
+        self.arm(Duration::ZERO);
+    }
+
+    fn tell(&self, incarnation: u64, event: Event) {
+        self.args.owner.send(InstanceMsg::Seen { incarnation, event });
+    }
+
+    fn tick(&mut self, due: Instant) {
+        let lag = due.elapsed();
+        self.args.env.lag.record(lag);
+        let now = self.now();
+        let Some(w) = &mut self.watched else { return };
+        let (incarnation, interval) = (w.incarnation, w.policy.sample_interval());
+        if lag > w.policy.lag_limit() {
+            warn!(instance = %self.args.name, ?lag, "the supervisor itself was late: measuring anew");
+            w.pulse.remeasure(now);
+            w.beats.remeasure(now);
+            self.tell(incarnation, Event::OwnPause(lag));
+        }
+        self.look();
+        self.beats();
+        self.arm(interval);
+    }
+
+    fn look(&mut self) {
+        let now = self.now();
+        let Some(w) = &mut self.watched else { return };
+        let incarnation = w.incarnation;
+        let events = match self.args.env.platform.pulse(self.args.id, incarnation) {
+            Ok(sample) => {
+                w.pulse_error = None;
+                w.pulse.look(now, &sample)
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if w.pulse_error.as_ref() != Some(&text) {
+                    warn!(instance = %self.args.name, incarnation, %error, "the pulse cannot be read");
+                    w.pulse_error = Some(text);
+                }
+                w.pulse.blind(now)
+            }
+        };
+        let mut readings = self.args.readings.lock();
+        readings.pulse_moved = w.pulse.moved().map(|at| self.args.env.base + at);
+        readings.pulse_count = w.pulse.slowest();
+        drop(readings);
+        if let Some(moved) = w.pulse.moved() {
+            telemetry::pulse_age(&self.args.name, now.saturating_sub(moved));
+        }
+        for event in events {
+            self.tell(incarnation, event);
+        }
+    }
+
+    fn beats(&mut self) {
+        let now = self.now();
+        let Some(w) = &mut self.watched else { return };
+        let incarnation = w.incarnation;
+        let (missed, event) = w.beats.tick(now);
+        let due = w.beats.due(now);
+        self.args.readings.lock().stats = w.beats.stats();
+        if missed > 0 {
+            telemetry::heartbeats_missed(&self.args.name, missed);
+        }
+        if let Some(event) = event {
+            self.tell(incarnation, event);
+        }
+        if due {
+            self.ask();
+        }
+    }
+
+    fn ask(&mut self) -> Option<u64> {
+        let now = self.now();
+        let w = self.watched.as_mut()?;
+        let serial = w.beats.send(now);
+        let (id, incarnation, to) = (self.args.id, w.incarnation, self.args.link.clone());
+        self.args.env.transport.send(TransportMsg::Beat { id, incarnation, serial, metrics: true, to });
+        Some(serial)
+    }
+
+    fn ping(&mut self, reply: oneshot::Sender<(Duration, u64)>) {
+        let Some(serial) = self.ask() else { return };
+        if let Some(w) = &mut self.watched {
+            w.pings.retain(|_, p| !p.is_closed());
+            // A dropped reply tells the one who asked.
+            if w.pings.len() < MAX_PINGS {
+                w.pings.insert(serial, reply);
+            }
+        }
+    }
+
+    fn answer(&mut self, serial: u64, rtt: Duration, answer: HeartbeatRsp) {
+        let now = self.now();
+        let Some(w) = &mut self.watched else { return };
+        if answer.incarnation != 0 && answer.incarnation != w.incarnation {
+            debug!(instance = %self.args.name, incarnation = answer.incarnation, "answer of another life ignored");
+            return;
+        }
+        let incarnation = w.incarnation;
+        if w.beats.answer(serial, rtt, now) {
+            telemetry::heartbeat(&self.args.name, rtt);
+        }
+        if let Some(reply) = w.pings.remove(&serial) {
+            // Who asked may have given up waiting.
+            let _ = reply.send((rtt, incarnation));
+        }
+        let mut readings = self.args.readings.lock();
+        readings.stats = w.beats.stats();
+        readings.answered = Some(Instant::now());
+        let m = answer.metrics;
+        if m.cpu.is_some() || m.memory.is_some() || m.io.is_some() {
+            readings.metrics = Some((Instant::now(), m));
+        }
+        drop(readings);
+        self.tell(incarnation, Event::HeartbeatOk(rtt));
+    }
+}
+
+/// The actor.
+pub(crate) struct Heartbeat;
+
+#[ractor::async_trait]
+impl Actor for Heartbeat {
+    type Msg = HeartbeatMsg;
+    type State = HeartbeatState;
+    type Arguments = HeartbeatArgs;
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<HeartbeatMsg>,
+        args: HeartbeatArgs,
+    ) -> Result<HeartbeatState, ActorProcessingErr> {
+        Ok(HeartbeatState { args, watched: None, round: 0, timer: None })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<HeartbeatMsg>,
+        message: HeartbeatMsg,
+        state: &mut HeartbeatState,
+    ) -> Result<(), ActorProcessingErr> {
+        state.args.link.taken();
+        match message {
+            HeartbeatMsg::Watch { incarnation, policy } => state.watch(incarnation, policy),
+            HeartbeatMsg::Idle => {
+                state.quiet();
+                state.watched = None;
+            }
+            HeartbeatMsg::Tick { due, round } if round == state.round => state.tick(due),
+            HeartbeatMsg::Tick { .. } => {}
+            HeartbeatMsg::Probe => {
+                state.look();
+                state.ask();
+            }
+            HeartbeatMsg::Look => state.look(),
+            HeartbeatMsg::Remeasure => {
+                let now = state.now();
+                if let Some(w) = &mut state.watched {
+                    w.pulse.remeasure(now);
+                    w.beats.remeasure(now);
+                }
+            }
+            HeartbeatMsg::Ping(reply) => state.ping(reply),
+            HeartbeatMsg::Answer { serial, rtt, answer } => state.answer(serial, rtt, *answer),
+            #[cfg(test)]
+            HeartbeatMsg::Panic => panic!("asked to panic"),
+        }
+        Ok(())
+    }
+}
+
+/// The actor as a child.
+pub(crate) fn child(args: HeartbeatArgs) -> ChildDef {
+    let start = Arc::new(move |parent: ActorCell| {
+        let args = args.clone();
+        async move {
+            let link = args.link.clone();
+            let (actor, _) =
+                Actor::spawn_linked(None, Heartbeat, args, parent).await.map_err(|e| e.to_string())?;
+            link.set(actor.clone());
+            Ok(Started::worker(actor.get_cell()))
+        }
+        .boxed()
+    });
+    ChildDef { spec: ChildSpec::new("heartbeat"), start }
+}

@@ -1,0 +1,527 @@
+//! What is seen goes into the state machines, and what they decide is carried out.
+
+use std::time::Duration;
+
+use kmorph_control::error::{ErrorKind, OpError};
+use kmorph_platform::{BootRequest, PlatformEvent, PlatformEventKind};
+use tokio::time::{Instant, sleep};
+use tracing::{error, info, warn};
+
+use super::super::effects::{Done, Effect, EffectsMsg, Order, Run, unix_ms};
+use super::super::heartbeat::HeartbeatMsg;
+use super::super::transport::TransportMsg;
+use super::super::view;
+use super::{InstanceActorState, InstanceMsg, Timer, Wish};
+use crate::core::health::{self, Cause, Notice, State as HealthState};
+use crate::core::recovery::{self, Event, Found, Outcome, Phase, Recovery};
+use crate::core::supervisor::Event as SupervisorEvent;
+use crate::shell::children::Step;
+use crate::telemetry;
+
+/// Wait before the platform is asked again after it did not answer.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+impl InstanceActorState {
+    pub(super) fn message(&mut self, message: InstanceMsg) {
+        match message {
+            InstanceMsg::View(reply) => drop(reply.send(self.view())),
+            InstanceMsg::HeartbeatView(reply) => {
+                let i = &self.args.instance;
+                let view = view::heartbeat(&i.name, &i.record().policy, &i.readings.lock());
+                drop(reply.send(view));
+            }
+            InstanceMsg::HealthView(reply) => {
+                let i = &self.args.instance;
+                let view = view::health(&i.name, &i.readings.lock());
+                drop(reply.send(view));
+            }
+            InstanceMsg::Ran { epoch, op } if epoch == self.epoch => {
+                self.unacknowledged.retain(|r| r.op > op);
+            }
+            // Only the effect that is waited for counts, and only once.
+            InstanceMsg::Done { epoch, op, done } if epoch == self.epoch && self.effect == Some(op) => {
+                self.effect = None;
+                self.done(done);
+            }
+            InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
+            InstanceMsg::Timer { timer, round } => self.timer(timer, round),
+            InstanceMsg::SetPolicy(policy) => self.set_policy(policy),
+            // A wish has to wait until it is known what there is.
+            wish if self.machine.is_none() => match wish {
+                InstanceMsg::Spawn { .. } | InstanceMsg::Terminate { .. } | InstanceMsg::Recover { .. } => {
+                    self.deferred.push(wish);
+                }
+                _ => {}
+            },
+            InstanceMsg::Spawn { plan, wait, reply } => self.spawn(*plan, wait, reply),
+            InstanceMsg::Terminate { force, reply } => self.terminate(force, reply),
+            InstanceMsg::Recover { reply } => self.operator(Event::OperatorRecover, Wish::Recover, reply),
+            InstanceMsg::Asked { epoch, result } => {
+                if epoch == self.epoch {
+                    self.asked(result);
+                }
+            }
+            InstanceMsg::Seen { incarnation, event } => {
+                if incarnation == self.incarnation() {
+                    self.health(event);
+                }
+            }
+            InstanceMsg::ChannelUp { incarnation, peer } => {
+                if incarnation == self.incarnation() {
+                    self.args.instance.record().release.clone_from(&peer.release);
+                    self.channel = Some(peer);
+                    self.health(health::Event::ChannelUp);
+                }
+            }
+            InstanceMsg::ChannelDown { incarnation, why } => {
+                if incarnation == self.incarnation() {
+                    self.channel = None;
+                    self.health(health::Event::ChannelDown(why));
+                }
+            }
+            InstanceMsg::Platform(event) => self.platform(event),
+            InstanceMsg::Look => drop(self.args.instance.heartbeat.send(HeartbeatMsg::Look)),
+            InstanceMsg::Quit => {}
+            #[cfg(test)]
+            InstanceMsg::Panic => panic!("asked to panic"),
+        }
+    }
+
+    pub(super) fn incarnation(&self) -> u64 {
+        self.args.instance.record().incarnation
+    }
+
+    fn now(&self) -> Duration {
+        self.args.env.now()
+    }
+
+    fn set_policy(&mut self, policy: crate::core::policy::Policy) {
+        self.health.set_policy(policy);
+        if let Some(machine) = &mut self.machine {
+            machine.set_policy(policy);
+        }
+        self.args.instance.record().policy = policy;
+        self.run(vec![], None);
+        if self.watching {
+            let incarnation = self.incarnation();
+            self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+        }
+    }
+
+    fn platform(&mut self, event: PlatformEvent) {
+        if event.incarnation != self.incarnation() {
+            return;
+        }
+        let cause = match &event.kind {
+            PlatformEventKind::Panic(reason) => Some(Cause::Panic(reason.clone())),
+            PlatformEventKind::Parked(how) => Some(Cause::Parked(how.clone())),
+            _ => None,
+        };
+        if let Some(cause) = cause {
+            // It happened when the instance stamped it.
+            let noticed = Instant::now().checked_sub(event.age).unwrap_or_else(Instant::now);
+            self.first_notice.get_or_insert(noticed);
+            // A kernel that dies before its start was reported is not watched yet.
+            if self.machine.as_ref().is_some_and(|m| m.phase() == Phase::Booting) {
+                self.recovery(Event::Declared(cause, "while it was being started".into()));
+                return;
+            }
+        }
+        match event.kind {
+            PlatformEventKind::Ready => self.health(health::Event::KernelReady),
+            PlatformEventKind::Panic(reason) => self.health(health::Event::PanicNotice(reason)),
+            PlatformEventKind::Parked(how) => self.health(health::Event::Parked(how)),
+            PlatformEventKind::Left => self.health(health::Event::KernelLeft),
+            PlatformEventKind::LinkUp | PlatformEventKind::LinkDown | PlatformEventKind::Lost(_) => {}
+        }
+    }
+
+    // Health.
+
+    fn health(&mut self, event: health::Event) {
+        let actions = self.health.step(self.now(), event);
+        self.judge(actions);
+    }
+
+    fn judge(&mut self, actions: Vec<health::Action>) {
+        let heartbeat = self.args.instance.heartbeat.clone();
+        for action in actions {
+            match action {
+                health::Action::ProbeNow => drop(heartbeat.send(HeartbeatMsg::Probe)),
+                health::Action::Remeasure => drop(heartbeat.send(HeartbeatMsg::Remeasure)),
+                health::Action::Arm(timer, after) => self.arm(Timer::Health(timer), after),
+                health::Action::Disarm(timer) => self.disarm(Timer::Health(timer)),
+                health::Action::Declare { cause, evidence } => {
+                    warn!(instance = %self.args.instance.name, %cause, %evidence, "declared dead");
+                    self.first_notice.get_or_insert_with(Instant::now);
+                    if std::mem::take(&mut self.asking) {
+                        // It is to be stopped anyhow.
+                        self.recovery(Event::OperatorTerminate);
+                    } else {
+                        self.recovery(Event::Declared(cause, evidence));
+                    }
+                }
+                health::Action::Notify(notice) => self.notice(notice),
+            }
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        let name = &self.args.instance.name;
+        match notice {
+            Notice::Healthy => {
+                info!(instance = %name, "serves");
+                self.first_notice = None;
+                self.args.instance.record().reason = "kernel and user space live".into();
+                self.recovery(Event::Serving);
+            }
+            Notice::Suspect(missing) => {
+                info!(instance = %name, ?missing, "suspected: probing");
+                self.first_notice.get_or_insert_with(Instant::now);
+            }
+            Notice::AgentSilent => {
+                warn!(instance = %name, "its user space does not answer while its kernel lives");
+                self.first_notice = None;
+            }
+            Notice::CpuStuck(cpu, since) => warn!(instance = %name, cpu, ?since, "one of its CPUs is stuck"),
+            Notice::NoSubstrate => {
+                warn!(instance = %name, "its substrate was unloaded: it has no pulse any more")
+            }
+        }
+    }
+
+    // Recovery.
+
+    pub(super) fn recovery(&mut self, event: Event) {
+        let now = self.now();
+        if let Some(machine) = &mut self.machine {
+            let actions = machine.step(now, event);
+            self.carry_out(actions);
+        }
+    }
+
+    pub(super) fn carry_out(&mut self, actions: Vec<recovery::Action>) {
+        use recovery::Action as A;
+        let (mut orders, mut effect, mut settled) = (Vec::new(), None, Vec::new());
+        for action in actions {
+            match action {
+                A::OpenIncident => {
+                    let noticed = *self.first_notice.get_or_insert_with(Instant::now);
+                    orders.push(Order::Open { noticed });
+                }
+                A::Journal { phase, detail, recovered } => {
+                    let mut record = self.args.instance.record();
+                    record.reason.clone_from(&detail);
+                    record.recoveries += u64::from(recovered == Some(true));
+                    drop(record);
+                    let (at, at_unix_ms) = (Instant::now(), unix_ms());
+                    orders.push(Order::Journal { phase, detail, recovered, at, at_unix_ms });
+                }
+                A::Fence => effect = Some(Effect::Fence { incarnation: self.incarnation() }),
+                A::Capture => effect = Some(Effect::Capture),
+                A::Reclaim { release_cpus } => {
+                    effect = Some(Effect::Reclaim { incarnation: self.incarnation(), release_cpus });
+                }
+                A::Boot => effect = Some(self.boot()),
+                A::Watch { adopted } => self.watch(adopted),
+                A::Unwatch => self.unwatch(),
+                A::ArmRestart(after) => self.arm(Timer::Restart, after),
+                A::DisarmRestart => self.disarm(Timer::Restart),
+                A::Settled(outcome) => settled.push(outcome),
+                A::Alert(text) => error!(instance = %self.args.instance.name, "operator needed: {text}"),
+                A::Refuse(_) => {}
+            }
+        }
+        if !orders.is_empty() || effect.is_some() {
+            self.run(orders, effect);
+        }
+        for outcome in settled {
+            self.settled(&outcome);
+        }
+    }
+
+    fn boot(&mut self) -> Effect {
+        self.channel = None;
+        self.console.clear();
+        let mut r = self.args.instance.record();
+        r.incarnation += 1;
+        r.region = None;
+        r.release.clear();
+        Effect::Boot(BootRequest {
+            spec: r.spec.clone(),
+            incarnation: r.incarnation,
+            kernel: r.kernel.clone(),
+            initramfs: r.initramfs.clone(),
+            cmdline: r.cmdline.clone(),
+            pulse_period: r.policy.pulse_period,
+        })
+    }
+
+    /// Have this written down and done.
+    fn run(&mut self, orders: Vec<Order>, effect: Option<Effect>) {
+        let mut record = self.args.instance.record();
+        if let Some(machine) = &self.machine {
+            record.saved = machine.saved();
+        }
+        let record = Box::new(record.clone());
+        self.next_op += 1;
+        if effect.is_some() {
+            self.effect = Some(self.next_op);
+        }
+        let run = Run { epoch: self.epoch, op: self.next_op, orders, record, effect };
+        self.unacknowledged.push_back(run.clone());
+        self.args.instance.recovery.send(EffectsMsg::Run(run));
+    }
+
+    fn watch(&mut self, adopted: bool) {
+        let (incarnation, policy) = {
+            let r = self.args.instance.record();
+            (r.incarnation, r.policy)
+        };
+        self.watching = true;
+        self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+        self.health(if adopted { health::Event::Adopted } else { health::Event::Booted });
+    }
+
+    fn unwatch(&mut self) {
+        self.watching = false;
+        self.asking = false;
+        self.channel = None;
+        let (id, incarnation) = (self.args.instance.id, self.incarnation());
+        self.args.instance.heartbeat.send(HeartbeatMsg::Idle);
+        // Every connection is closed before its instance is fenced, so none reaches a successor.
+        self.args.env.transport.send(TransportMsg::Close { id, incarnation });
+        let actions = self.health.step(self.now(), health::Event::Reset);
+        self.judge(actions);
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Look(found) => self.found(found),
+            Done::Boot(Ok(booted), _) => {
+                let mut r = self.args.instance.record();
+                r.region = Some(booted.region);
+                r.release.clone_from(&booted.release);
+                r.booted_unix_ms = Some(unix_ms());
+                let incarnation = r.incarnation;
+                drop(r);
+                self.booted = Some(Instant::now());
+                self.recovery(Event::Booted(format!(
+                    "kernel {} was started as incarnation {incarnation} in {:.1} ms",
+                    booted.release,
+                    booted.took.as_secs_f64() * 1e3
+                )));
+            }
+            Done::Boot(Err(error), console) => {
+                self.console = console;
+                self.recovery(Event::BootError(error));
+            }
+            Done::Fence(result, console) => {
+                self.console = console;
+                self.recovery(match result {
+                    Ok(report) => {
+                        let stopped = report.cpus.iter().filter(|c| c.1).count();
+                        let running: Vec<u32> = report.cpus.iter().filter(|c| !c.1).map(|c| c.0).collect();
+                        let us = report.took.as_micros();
+                        let detail = if report.complete {
+                            format!("{stopped} CPUs were seen stopped after {us} us")
+                        } else {
+                            format!(
+                                "{stopped} CPUs were seen stopped, CPUs {running:?} were not, within {us} us"
+                            )
+                        };
+                        Event::FenceDone { complete: report.complete, detail }
+                    }
+                    Err(error) => Event::FenceError(format!("its CPUs could not be stopped: {error}")),
+                });
+            }
+            Done::Reclaim(Ok(report)) => {
+                let mut r = self.args.instance.record();
+                r.region = None;
+                r.release.clear();
+                drop(r);
+                self.booted = None;
+                self.recovery(Event::Reclaimed(match report {
+                    Some(r) => format!(
+                        "{} MiB and {} CPUs were taken back in {} us",
+                        r.region.size >> 20,
+                        r.cpus.len(),
+                        r.took.as_micros()
+                    ),
+                    None => "nothing was held".into(),
+                }));
+            }
+            Done::Reclaim(Err(error)) => self.recovery(Event::ReclaimError(error)),
+            Done::Capture(Ok(detail)) => self.recovery(Event::CaptureDone(detail)),
+            Done::Capture(Err(error)) => self.recovery(Event::CaptureFailed(error)),
+        }
+    }
+
+    // Beginning.
+
+    /// Find out what there is of this instance before anything is decided.
+    pub(super) fn look_at_platform(&mut self) {
+        let never_started = self.args.instance.record().incarnation == 0;
+        if never_started {
+            return self.begin(Found::Nothing);
+        }
+        self.run(vec![], Some(Effect::Look));
+    }
+
+    fn found(&mut self, found: Result<Vec<kmorph_platform::ExistingInstance>, String>) {
+        if self.machine.is_some() {
+            return;
+        }
+        match found {
+            Err(error) => {
+                error!(instance = %self.args.instance.name, %error, "the platform does not say what runs: asking again");
+                self.arm(Timer::Look, LOOK_AGAIN);
+            }
+            Ok(existing) => {
+                let found = match existing.into_iter().find(|e| e.id == self.args.instance.id) {
+                    None => Found::Nothing,
+                    Some(e) => {
+                        let mut r = self.args.instance.record();
+                        if e.incarnation != r.incarnation {
+                            warn!(
+                                instance = %self.args.instance.name, found = e.incarnation,
+                                remembered = r.incarnation, "another incarnation than remembered"
+                            );
+                            r.incarnation = e.incarnation;
+                        }
+                        r.region = Some(e.region);
+                        if e.running { Found::Running } else { Found::Stopped }
+                    }
+                };
+                self.begin(found);
+            }
+        }
+    }
+
+    fn begin(&mut self, found: Found) {
+        let (policy, saved) = {
+            let r = self.args.instance.record();
+            (r.policy, r.saved)
+        };
+        let seed = self.args.env.config.seed ^ u64::from(self.args.instance.id.0);
+        let (machine, actions) = Recovery::resume(policy, seed, saved, found, self.now());
+        self.machine = Some(machine);
+        self.carry_out(actions);
+        for wish in std::mem::take(&mut self.deferred) {
+            self.message(wish);
+        }
+    }
+
+    // Timers.
+
+    fn arm(&mut self, timer: Timer, after: Duration) {
+        self.disarm(timer);
+        self.round += 1;
+        let (link, round) = (self.args.instance.link.clone(), self.round);
+        let task = tokio::spawn(async move {
+            sleep(after).await;
+            link.send(InstanceMsg::Timer { timer, round });
+        });
+        self.timers.insert(timer, task.abort_handle());
+        self.rounds.insert(timer, round);
+    }
+
+    fn disarm(&mut self, timer: Timer) {
+        if let Some(task) = self.timers.remove(&timer) {
+            task.abort();
+        }
+        self.rounds.remove(&timer);
+    }
+
+    fn timer(&mut self, timer: Timer, round: u64) {
+        // One that was replaced while its message was under way means nothing.
+        if self.rounds.get(&timer) != Some(&round) {
+            return;
+        }
+        self.disarm(timer);
+        match timer {
+            Timer::Health(health::Timer::Grace) => self.health(health::Event::GraceExpired),
+            Timer::Health(health::Timer::Probe) => self.health(health::Event::ProbeTimer),
+            Timer::Restart => self.recovery(Event::RestartTimer),
+            Timer::Look => self.run(vec![], Some(Effect::Look)),
+        }
+    }
+
+    // Its own actors.
+
+    pub(super) fn child_is_back(&mut self, child: &str) {
+        match child {
+            "heartbeat" if self.watching => {
+                let r = self.args.instance.record();
+                let (incarnation, policy) = (r.incarnation, r.policy);
+                drop(r);
+                self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+            }
+            "recovery" => {
+                for run in &self.unacknowledged {
+                    self.args.instance.recovery.send(EffectsMsg::Run(run.clone()));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) async fn quit(&mut self) -> Step {
+        self.recovery(Event::Shutdown);
+        let gone = OpError::new(ErrorKind::NoDaemon, "the daemon ends; the instance is left as it is");
+        for waiter in self.waiters.drain(..) {
+            // Who asked may have given up waiting.
+            let _ = waiter.reply.send(Err(gone.clone()));
+        }
+        for timer in std::mem::take(&mut self.timers).into_values() {
+            timer.abort();
+        }
+        self.rounds.clear();
+        self.children.step(SupervisorEvent::Shutdown).await
+    }
+
+    // Views.
+
+    pub(super) fn view(&self) -> kmorph_control::views::InstanceView {
+        let i = &self.args.instance;
+        let state = self.state();
+        view::instance(&i.record(), state, self.booted, i.incident.get(), &i.readings.lock(), self.watching)
+    }
+
+    fn state(&self) -> kmorph_control::views::InstanceState {
+        let Some(machine) = &self.machine else { return kmorph_control::views::InstanceState::Starting };
+        let started = self.args.instance.record().incarnation > 0;
+        view::state(machine.phase(), machine.saved(), self.health.state(), started)
+    }
+
+    /// Publish the state when it changed.
+    pub(super) fn show(&mut self) {
+        let state = self.state();
+        if self.shown.replace(state) != Some(state) {
+            telemetry::instance_state(&self.args.instance.name, state);
+        }
+        if matches!(self.health.state(), HealthState::Suspect { .. } | HealthState::AgentSilent) {
+            self.args.instance.record().reason = view::trouble(self.health.state());
+        }
+    }
+
+    pub(super) fn console_text(&self) -> String {
+        if self.console.is_empty() {
+            return String::new();
+        }
+        format!("; last lines of its console:\n{}", self.console.join("\n"))
+    }
+
+    fn settled(&mut self, outcome: &Outcome) {
+        let view = self.view();
+        let console = self.console_text();
+        let name = self.args.instance.name.clone();
+        for waiter in std::mem::take(&mut self.waiters) {
+            match super::operator::answer(&name, waiter.wish, outcome, &view, &console) {
+                // Who asked may have given up waiting.
+                Some(result) => drop(waiter.reply.send(result)),
+                None => self.waiters.push(waiter),
+            }
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! One actor for each kernel instance: it owns the instance's state machines and its heartbeat and recovery
+//! actors.
+
+mod drive;
+mod operator;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use kmorph_control::error::OpError;
+use kmorph_control::views::{HealthView, HeartbeatView, InstanceState, InstanceView};
+use kmorph_platform::{InstanceId, InstanceSpec, Platform, PlatformEvent};
+use kmp::message::Hello;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::children::{ChildDef, Children, Started, Step};
+use super::effects::{self, Done, EffectsArgs, EffectsMsg, Run, SharedIncident};
+use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
+use super::link::Link;
+use super::transport::TransportMsg;
+use crate::config::TreeConfig;
+use crate::core::health::{self, Health};
+use crate::core::policy::Policy;
+use crate::core::recovery::Recovery;
+use crate::core::supervisor::{ChildSpec, Down, Event as SupervisorEvent, Flags, Strategy};
+use crate::store::{InstanceRecord, Store};
+use crate::telemetry::Lag;
+
+/// What all actors of the tree share.
+pub(crate) struct Env {
+    pub(crate) config: TreeConfig,
+    pub(crate) platform: Arc<dyn Platform>,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) transport: Link<TransportMsg>,
+    pub(crate) lag: Lag,
+    pub(crate) base: Instant,
+}
+
+impl Env {
+    /// Time since the tree started, which the state machines count in.
+    pub(crate) fn now(&self) -> Duration {
+        self.base.elapsed()
+    }
+}
+
+/// What a start needs.
+pub(crate) struct Plan {
+    pub(crate) spec: InstanceSpec,
+    pub(crate) policy: Policy,
+    pub(crate) kernel: std::path::PathBuf,
+    pub(crate) initramfs: Option<std::path::PathBuf>,
+    pub(crate) cmdline: String,
+}
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, OpError>>;
+
+/// Timers of an instance actor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Timer {
+    Health(health::Timer),
+    Restart,
+    Look,
+}
+
+/// Messages of an instance actor.
+pub(crate) enum InstanceMsg {
+    // Operators.
+    Spawn {
+        plan: Box<Plan>,
+        wait: bool,
+        reply: Reply<InstanceView>,
+    },
+    Terminate {
+        force: bool,
+        reply: Reply<InstanceView>,
+    },
+    Recover {
+        reply: Reply<InstanceView>,
+    },
+    SetPolicy(Policy),
+    View(oneshot::Sender<InstanceView>),
+    HeartbeatView(oneshot::Sender<HeartbeatView>),
+    HealthView(oneshot::Sender<HealthView>),
+    // What is seen of the instance.
+    Seen {
+        incarnation: u64,
+        event: health::Event,
+    },
+    Platform(PlatformEvent),
+    ChannelUp {
+        incarnation: u64,
+        peer: Hello,
+    },
+    ChannelDown {
+        incarnation: u64,
+        why: String,
+    },
+    /// Look at the pulse now: an event may have been lost.
+    Look,
+    // What comes of decisions.
+    Ran {
+        epoch: u64,
+        op: u64,
+    },
+    Done {
+        epoch: u64,
+        op: u64,
+        done: Done,
+    },
+    Asked {
+        epoch: u64,
+        result: Result<String, String>,
+    },
+    Timer {
+        timer: Timer,
+        round: u64,
+    },
+    /// The daemon ends: stop the actors, leave the instance alone.
+    Quit,
+    #[cfg(test)]
+    Panic,
+}
+
+/// An instance as others know it: its name, number, link, and what outlives its actor.
+pub(crate) struct Instance {
+    pub(crate) name: String,
+    pub(crate) id: InstanceId,
+    pub(crate) link: Link<InstanceMsg>,
+    pub(crate) heartbeat: Link<HeartbeatMsg>,
+    pub(crate) recovery: Link<EffectsMsg>,
+    record: Mutex<InstanceRecord>,
+    readings: SharedReadings,
+    incident: SharedIncident,
+    gate: Arc<tokio::sync::Mutex<()>>,
+    epoch: AtomicU64,
+}
+
+impl Instance {
+    /// An instance as it is remembered.
+    pub(crate) fn new(record: InstanceRecord) -> Instance {
+        let incident = SharedIncident::default();
+        if record.incident != 0 {
+            // When it was noticed is not remembered: offsets go on from now.
+            incident.set(Some(effects::Incident { number: record.incident, noticed: Instant::now() }));
+        }
+        Instance {
+            name: record.spec.name.clone(),
+            id: record.spec.id,
+            link: Link::new("instance"),
+            heartbeat: Link::new("heartbeat"),
+            recovery: Link::new("recovery"),
+            record: Mutex::new(record),
+            readings: SharedReadings::default(),
+            incident,
+            gate: Arc::default(),
+            epoch: AtomicU64::new(0),
+        }
+    }
+
+    /// What is remembered of it.
+    pub(crate) fn record(&self) -> MutexGuard<'_, InstanceRecord> {
+        // A panic between two assignments leaves a record that resuming corrects by looking at the platform.
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct InstanceArgs {
+    pub(crate) instance: Arc<Instance>,
+    pub(crate) env: Arc<Env>,
+}
+
+/// Somebody waits for this.
+struct Waiter {
+    wish: Wish,
+    reply: Reply<InstanceView>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Start,
+    Serve,
+    Recover,
+    Stop,
+}
+
+pub(crate) struct InstanceActorState {
+    args: InstanceArgs,
+    children: Children,
+    epoch: u64,
+    health: Health,
+    /// Absent until the platform was asked what there is.
+    machine: Option<Recovery>,
+    next_op: u64,
+    /// The effect whose result is waited for.
+    effect: Option<u64>,
+    /// Work the recovery actor has not acknowledged.
+    unacknowledged: VecDeque<Run>,
+    waiters: Vec<Waiter>,
+    /// Wishes that came before the platform was asked.
+    deferred: Vec<InstanceMsg>,
+    timers: HashMap<Timer, AbortHandle>,
+    /// Which setting of each timer is valid.
+    rounds: HashMap<Timer, u64>,
+    round: u64,
+    watching: bool,
+    channel: Option<Hello>,
+    first_notice: Option<Instant>,
+    /// The agent is being asked to stop its workload.
+    asking: bool,
+    console: Vec<String>,
+    booted: Option<Instant>,
+    shown: Option<InstanceState>,
+}
+
+impl Drop for InstanceActorState {
+    fn drop(&mut self) {
+        for timer in self.timers.values() {
+            timer.abort();
+        }
+    }
+}
+
+/// Its own actors may fail this often before the instance actor itself is started anew.
+const FLAGS: Flags = Flags {
+    strategy: Strategy::OneForOne,
+    intensity: 5,
+    period: Duration::from_secs(10),
+    auto_shutdown: crate::core::supervisor::AutoShutdown::Never,
+};
+
+/// The actor.
+pub(crate) struct InstanceActor;
+
+#[ractor::async_trait]
+impl Actor for InstanceActor {
+    type Msg = InstanceMsg;
+    type State = InstanceActorState;
+    type Arguments = InstanceArgs;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<InstanceMsg>,
+        args: InstanceArgs,
+    ) -> Result<InstanceActorState, ActorProcessingErr> {
+        let (instance, env) = (&args.instance, &args.env);
+        // Its own actors may have something to say before this one is up.
+        instance.link.set(myself.clone());
+        let children = vec![
+            heartbeat::child(HeartbeatArgs {
+                name: instance.name.clone(),
+                id: instance.id,
+                env: env.clone(),
+                link: instance.heartbeat.clone(),
+                owner: instance.link.clone(),
+                readings: instance.readings.clone(),
+            }),
+            effects::child(EffectsArgs {
+                name: instance.name.clone(),
+                id: instance.id,
+                env: env.clone(),
+                link: instance.recovery.clone(),
+                owner: instance.link.clone(),
+                incident: instance.incident.clone(),
+                gate: instance.gate.clone(),
+            }),
+        ];
+        let mut children = Children::new(myself.get_cell(), &instance.name, FLAGS, children)?;
+        children.step(SupervisorEvent::Start).await;
+        if !children.all_run() {
+            children.abandon().await;
+            return Err(format!("an actor of instance {} did not start", instance.name).into());
+        }
+        let policy = instance.record().policy;
+        let epoch = instance.epoch.fetch_add(1, Ordering::Relaxed) + 1;
+        let seed = env.config.seed ^ (u64::from(instance.id.0) << 32);
+        let mut state = InstanceActorState {
+            children,
+            epoch,
+            health: Health::new(policy, seed),
+            machine: None,
+            next_op: 0,
+            effect: None,
+            unacknowledged: VecDeque::new(),
+            waiters: Vec::new(),
+            deferred: Vec::new(),
+            timers: HashMap::new(),
+            rounds: HashMap::new(),
+            round: 0,
+            watching: false,
+            channel: None,
+            first_notice: None,
+            asking: false,
+            console: Vec::new(),
+            booted: None,
+            shown: None,
+            args,
+        };
+        state.look_at_platform();
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<InstanceMsg>,
+        message: InstanceMsg,
+        state: &mut InstanceActorState,
+    ) -> Result<(), ActorProcessingErr> {
+        state.args.instance.link.taken();
+        if let InstanceMsg::Quit = message {
+            let step = state.quit().await;
+            return settle(state, &step);
+        }
+        state.message(message);
+        state.show();
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<InstanceMsg>,
+        event: SupervisionEvent,
+        state: &mut InstanceActorState,
+    ) -> Result<(), ActorProcessingErr> {
+        let step = state.children.supervision(event).await;
+        for child in &step.started {
+            warn!(instance = %state.args.instance.name, actor = %child, "actor was started anew");
+            state.child_is_back(child);
+        }
+        if step.down == Some(Down::Shutdown) {
+            myself.stop(None);
+        }
+        settle(state, &step)
+    }
+}
+
+fn settle(state: &InstanceActorState, step: &Step) -> Result<(), ActorProcessingErr> {
+    match step.down {
+        None | Some(Down::Shutdown) => Ok(()),
+        Some(why) => Err(format!("actors of instance {} fail: {why:?}", state.args.instance.name).into()),
+    }
+}
+
+/// An instance as a child of the instances' supervisor.
+pub(crate) fn child(args: InstanceArgs) -> ChildDef {
+    let mut spec = ChildSpec::new(args.instance.name.clone());
+    // Its own two actors have this long each.
+    let limit = args.env.config.shutdown_limit;
+    spec.shutdown = crate::core::supervisor::Shutdown::Limit(limit * 2);
+    let start = Arc::new(move |parent: ActorCell| {
+        let args = args.clone();
+        async move {
+            let (actor, _) =
+                Actor::spawn_linked(None, InstanceActor, args, parent).await.map_err(|e| e.to_string())?;
+            let cell = actor.get_cell();
+            let stop = move || {
+                // An actor that is gone needs no stop.
+                let _ = actor.send_message(InstanceMsg::Quit);
+            };
+            Ok(Started { cell, stop: Box::new(stop) })
+        }
+        .boxed()
+    });
+    ChildDef { spec, start }
+}

@@ -1,0 +1,123 @@
+//! What operators ask of an instance.
+
+use kmorph_control::error::{ErrorKind, OpError};
+use kmorph_control::views::InstanceView;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::super::transport::TransportMsg;
+use super::{InstanceActorState, InstanceMsg, Plan, Reply, Waiter, Wish};
+use crate::core::recovery::{Action, Event, Outcome, Phase};
+
+impl InstanceActorState {
+    pub(super) fn spawn(&mut self, plan: Plan, wait: bool, reply: Reply<InstanceView>) {
+        let free = self
+            .machine
+            .as_ref()
+            .is_some_and(|m| matches!(m.phase(), Phase::Stopped | Phase::Failed) && !m.held());
+        if free {
+            let mut r = self.args.instance.record();
+            (r.spec, r.policy, r.kernel, r.initramfs, r.cmdline) =
+                (plan.spec, plan.policy, plan.kernel, plan.initramfs, plan.cmdline);
+            drop(r);
+            self.health.set_policy(plan.policy);
+            if let Some(machine) = &mut self.machine {
+                machine.set_policy(plan.policy);
+            }
+        }
+        self.operator(Event::Spawn, if wait { Wish::Serve } else { Wish::Start }, reply);
+    }
+
+    pub(super) fn terminate(&mut self, force: bool, reply: Reply<InstanceView>) {
+        let phase = self.machine.as_ref().map(|m| m.phase());
+        let serves = matches!(phase, Some(Phase::Monitoring | Phase::AwaitingService));
+        if force || !serves || self.channel.is_none() {
+            self.asking = false;
+            return self.operator(Event::OperatorTerminate, Wish::Stop, reply);
+        }
+        self.waiters.push(Waiter { wish: Wish::Stop, reply });
+        if !std::mem::replace(&mut self.asking, true) {
+            self.ask();
+        }
+    }
+
+    /// Ask the agent to stop its workload; the answer, or its absence, comes back as a message.
+    fn ask(&mut self) {
+        let (env, link) = (self.args.env.clone(), self.args.instance.link.clone());
+        let (id, incarnation, epoch) = (self.args.instance.id, self.incarnation(), self.epoch);
+        let grace = env.config.terminate_grace;
+        info!(instance = %self.args.instance.name, ?grace, "asking its agent to stop the workload");
+        tokio::spawn(async move {
+            let (reply, answer) = oneshot::channel();
+            env.transport.send(TransportMsg::Terminate { id, incarnation, grace, reply });
+            // The connection keeps to the grace itself; this limit is for a transport that is gone.
+            let result = match timeout(grace * 2, answer).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err("there is no connection to it".into()),
+                Err(_) => Err(format!("it was not asked within {:?}", grace * 2)),
+            };
+            link.send(InstanceMsg::Asked { epoch, result });
+        });
+    }
+
+    pub(super) fn asked(&mut self, result: Result<String, String>) {
+        if !std::mem::take(&mut self.asking) {
+            return;
+        }
+        match result {
+            Ok(detail) => info!(instance = %self.args.instance.name, %detail, "its workload is stopped"),
+            Err(why) => {
+                warn!(instance = %self.args.instance.name, %why, "its workload was not stopped in order")
+            }
+        }
+        self.recovery(Event::OperatorTerminate);
+    }
+
+    /// Step the machine with an operator's wish; the waiter is answered when it is settled, or now when it is
+    /// refused.
+    pub(super) fn operator(&mut self, event: Event, wish: Wish, reply: Reply<InstanceView>) {
+        let now = self.args.env.now();
+        let Some(machine) = &mut self.machine else { return };
+        let actions = machine.step(now, event);
+        let refusal =
+            actions.iter().find_map(|a| if let Action::Refuse(why) = a { Some(*why) } else { None });
+        if let Some(why) = refusal {
+            let text = format!("instance {}: {why}", self.args.instance.name);
+            // Who asked may have given up waiting.
+            let _ = reply.send(Err(OpError::new(ErrorKind::Conflict, text)));
+            return;
+        }
+        self.waiters.push(Waiter { wish, reply });
+        self.carry_out(actions);
+    }
+}
+
+/// The answer to a wish, when this outcome is one.
+pub(super) fn answer(
+    name: &str,
+    wish: Wish,
+    outcome: &Outcome,
+    view: &InstanceView,
+    console: &str,
+) -> Option<Result<InstanceView, OpError>> {
+    let error = |kind, text: String| Some(Err(OpError::new(kind, format!("instance {name}: {text}"))));
+    match (wish, outcome) {
+        (Wish::Start, Outcome::Started | Outcome::Serving)
+        | (Wish::Serve | Wish::Recover, Outcome::Serving)
+        | (Wish::Stop, Outcome::Stopped | Outcome::BootFailed(_)) => Some(Ok(view.clone())),
+        (Wish::Serve | Wish::Recover, Outcome::Started)
+        | (Wish::Stop, Outcome::Started | Outcome::Serving) => None,
+        (Wish::Start | Wish::Serve | Wish::Recover, Outcome::BootFailed(why)) => {
+            error(ErrorKind::BootFailed, format!("{why}; everything was given back{console}"))
+        }
+        (Wish::Start | Wish::Serve | Wish::Recover, Outcome::Stopped) => {
+            error(ErrorKind::Conflict, "it was stopped by an operator".into())
+        }
+        (_, Outcome::PartialFence(why)) => error(ErrorKind::PartialFence, why.clone()),
+        (Wish::Stop, Outcome::Failed(why)) => error(ErrorKind::Internal, why.clone()),
+        (Wish::Start | Wish::Serve | Wish::Recover, Outcome::Failed(why)) => {
+            error(ErrorKind::BootFailed, format!("{why}{console}"))
+        }
+    }
+}

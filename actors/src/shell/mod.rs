@@ -1,0 +1,17 @@
+//! The actors: they carry out what [`crate::core`] decides.
+
+mod children;
+mod connection;
+mod directory;
+mod effects;
+mod events;
+mod heartbeat;
+mod instance;
+mod link;
+pub mod service;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+mod transport;
+pub mod tree;
+mod view;

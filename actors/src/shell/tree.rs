@@ -1,0 +1,490 @@
+//! The tree as kmorphd uses it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kmorph_control::error::{ErrorKind, OpError};
+use kmorph_control::views::{
+    HealthView, HeartbeatView, InstanceState, InstanceView, PingView, RecoveryLogArgs, RecoveryStep,
+    SpawnArgs,
+};
+use kmorph_platform::{BootRequest, InstanceSpec, Platform, PlatformError};
+use ractor::{Actor, ActorRef};
+use tokio::sync::{Mutex, oneshot};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use super::children::ChildDef;
+use super::directory::Directory;
+use super::events::{self, EventsArgs};
+use super::heartbeat::HeartbeatMsg;
+use super::instance::{self, Env, Instance, InstanceArgs, InstanceMsg, Plan, Reply};
+use super::link::Link;
+use super::service::Service;
+use super::supervisor::{SupervisorActor, SupervisorArgs, SupervisorMsg, supervisor_child};
+use super::transport::{self, TransportArgs};
+use super::view;
+use crate::config::{Definitions, StartError, TreeConfig};
+use crate::core::policy::Policy;
+use crate::core::recovery::{Phase, Saved};
+use crate::core::supervisor::{ChildSpec, Flags, Shutdown};
+use crate::store::{InstanceRecord, Store};
+use crate::telemetry::Lag;
+
+/// Longest wait for an actor's answer that needs no work.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for a heartbeat by hand.
+const PING_LIMIT: Duration = Duration::from_secs(5);
+
+/// The running supervision tree.
+pub struct Tree {
+    env: Arc<Env>,
+    directory: Directory,
+    definitions: Arc<dyn Definitions>,
+    root: ActorRef<SupervisorMsg>,
+    instances: Link<SupervisorMsg>,
+    /// One change of the directory at a time.
+    admission: Mutex<()>,
+}
+
+fn gone(what: &str) -> OpError {
+    OpError::new(ErrorKind::Internal, format!("{what} is being restarted: try again"))
+}
+
+fn not_found(name: &str) -> OpError {
+    OpError::new(ErrorKind::NotFound, format!("there is no instance {name}"))
+}
+
+/// The kind of error a platform's refusal is to an operator.
+fn refused(name: &str, error: &PlatformError) -> OpError {
+    let kind = match error {
+        PlatformError::Invalid(_) | PlatformError::BadImage(_) => ErrorKind::BadInput,
+        PlatformError::Busy(_) => ErrorKind::Busy,
+        PlatformError::Unknown(_) => ErrorKind::NotFound,
+        PlatformError::StaleIncarnation { .. } | PlatformError::NotFenced(_) => ErrorKind::Conflict,
+        PlatformError::Timeout { .. } => ErrorKind::Timeout,
+        PlatformError::Unavailable(_) | PlatformError::Os { .. } => ErrorKind::Internal,
+    };
+    OpError::new(kind, format!("instance {name}: {error}"))
+}
+
+impl Tree {
+    /// Start the tree: remember the instances, adopt those that run, finish or undo what a daemon before left
+    /// half done.
+    pub async fn start(
+        config: TreeConfig,
+        platform: Arc<dyn Platform>,
+        store: Arc<dyn Store>,
+        definitions: Arc<dyn Definitions>,
+    ) -> Result<Tree, StartError> {
+        crate::telemetry::describe();
+        let directory = Directory::default();
+        let transport = Link::new("transport");
+        let env = Arc::new(Env {
+            config: config.clone(),
+            platform: platform.clone(),
+            store,
+            transport: transport.clone(),
+            lag: Lag::default(),
+            base: Instant::now(),
+        });
+        remember(&env, &directory, &definitions).await?;
+
+        let instances: Link<SupervisorMsg> = Link::new("instances");
+        let children = vec![
+            transport::child(TransportArgs {
+                platform: platform.clone(),
+                directory: directory.clone(),
+                link: transport,
+                release: config.release.clone(),
+                seed: config.seed,
+            }),
+            instances_child(&env, &directory, &instances),
+            events::child(EventsArgs {
+                source: platform.take_events().map(|r| Arc::new(Mutex::new(r))),
+                directory: directory.clone(),
+            }),
+        ];
+        let flags = Flags { intensity: 3, period: Duration::from_secs(10), ..Flags::default() };
+        let args = SupervisorArgs { name: "root".into(), flags, children };
+        let (root, _) =
+            Actor::spawn(None, SupervisorActor, args).await.map_err(|e| StartError::Actor(e.to_string()))?;
+        Ok(Tree { env, directory, definitions, root, instances, admission: Mutex::new(()) })
+    }
+
+    /// Add a service of kmorphd as a child of the root. It is stopped before everything that was started
+    /// earlier.
+    pub async fn add_service(&self, service: Service) -> Result<(), StartError> {
+        add(|m| self.root.send_message(m).is_ok(), service.child()).await.map_err(StartError::Actor)
+    }
+
+    /// Returns when the tree has ended, by itself or because it was asked to.
+    pub async fn closed(&self) {
+        // Without a limit the only error is a cell that is gone, which is an end as well.
+        let _ = self.root.get_cell().wait(None).await;
+    }
+
+    /// Start an instance. With `args.wait` it returns when the instance serves. A start that fails gives
+    /// everything back and says why, with the last lines of the instance's console.
+    pub async fn spawn(&self, args: SpawnArgs) -> Result<InstanceView, OpError> {
+        let spec = self.definition(&args.name).await?;
+        let policy = self.policy(&args)?;
+        let known = self.directory.get(&args.name);
+        let (incarnation, cmdline) = known
+            .as_ref()
+            .map_or((1, String::new()), |i| (i.record().incarnation + 1, i.record().cmdline.clone()));
+        let plan = Plan {
+            spec: spec.clone(),
+            policy,
+            kernel: PathBuf::from(&args.kernel),
+            initramfs: args.initramfs.as_ref().map(PathBuf::from),
+            cmdline: args.cmdline.clone().unwrap_or(cmdline),
+        };
+        if self.may_start(known.as_deref()).await {
+            let request = BootRequest {
+                spec: plan.spec.clone(),
+                incarnation,
+                kernel: plan.kernel.clone(),
+                initramfs: plan.initramfs.clone(),
+                cmdline: plan.cmdline.clone(),
+                pulse_period: policy.pulse_period,
+            };
+            self.env.platform.check(&request).await.map_err(|e| refused(&args.name, &e))?;
+        }
+        let instance = self.admit(spec, policy).await?;
+        // A start, its grace, and giving everything back when it fails.
+        let limit = policy.boot_grace.saturating_mul(2) + self.env.config.effect_limit * 4;
+        self.wish(&instance, limit, |reply| InstanceMsg::Spawn {
+            plan: Box::new(plan),
+            wait: args.wait,
+            reply,
+        })
+        .await
+    }
+
+    /// Stop an instance and give its CPUs and memory back. Without `force` its agent is first asked to stop
+    /// the workload.
+    pub async fn terminate(&self, name: &str, force: bool) -> Result<InstanceView, OpError> {
+        let instance = self.instance(name).await?;
+        let c = &self.env.config;
+        let limit = c.terminate_grace * 2 + c.effect_limit * 4 + instance.record().policy.boot_grace;
+        self.wish(&instance, limit, |reply| InstanceMsg::Terminate { force, reply }).await
+    }
+
+    /// Recover an instance now: fence it, take its resources back, start it again. Returns when it serves.
+    pub async fn recover(&self, name: &str) -> Result<InstanceView, OpError> {
+        let instance = self.instance(name).await?;
+        let limit = instance.record().policy.boot_grace.saturating_mul(2) + self.env.config.effect_limit * 4;
+        self.wish(&instance, limit, |reply| InstanceMsg::Recover { reply }).await
+    }
+
+    /// All instances: those that are known here and those that are only defined.
+    pub async fn list(&self) -> Vec<InstanceView> {
+        let mut views = Vec::new();
+        for instance in self.directory.all() {
+            match self.view(&instance).await {
+                Ok(view) => views.push(view),
+                Err(error) => warn!(instance = %instance.name, %error, "left out of the list"),
+            }
+        }
+        let definitions = self.definitions.clone();
+        match tokio::task::spawn_blocking(move || definitions.all()).await {
+            Ok(specs) => {
+                for spec in specs.iter().filter(|s| self.directory.get(&s.name).is_none()) {
+                    views.push(view::defined(spec, &self.env.config.policy(&spec.name)));
+                }
+            }
+            Err(error) => warn!(%error, "definitions cannot be read"),
+        }
+        views.sort_by(|a, b| a.name.cmp(&b.name));
+        views
+    }
+
+    /// One instance.
+    pub async fn status(&self, name: &str) -> Result<InstanceView, OpError> {
+        match self.directory.get(name) {
+            Some(instance) => self.view(&instance).await,
+            None => Ok(view::defined(&self.definition(name).await?, &self.env.config.policy(name))),
+        }
+    }
+
+    /// Heartbeat figures of an instance.
+    pub async fn heartbeat(&self, name: &str) -> Result<HeartbeatView, OpError> {
+        let instance = self.instance(name).await?;
+        self.ask(&instance, InstanceMsg::HeartbeatView).await
+    }
+
+    /// Health figures of an instance.
+    pub async fn health(&self, name: &str) -> Result<HealthView, OpError> {
+        let instance = self.instance(name).await?;
+        self.ask(&instance, InstanceMsg::HealthView).await
+    }
+
+    /// One heartbeat by hand.
+    pub async fn ping(&self, name: &str) -> Result<PingView, OpError> {
+        let instance = self.instance(name).await?;
+        let (reply, answer) = oneshot::channel();
+        if !instance.heartbeat.send(HeartbeatMsg::Ping(reply)) {
+            return Err(gone("its heartbeat actor"));
+        }
+        match timeout(PING_LIMIT, answer).await {
+            Ok(Ok((rtt, incarnation))) => {
+                let rtt_us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+                Ok(PingView { name: name.to_owned(), rtt_us, incarnation })
+            }
+            Ok(Err(_)) => {
+                Err(OpError::new(ErrorKind::Conflict, format!("instance {name} is not being watched")))
+            }
+            Err(_) => {
+                let text = format!("instance {name} did not answer within {PING_LIMIT:?}");
+                Err(OpError::new(ErrorKind::Timeout, text))
+            }
+        }
+    }
+
+    /// Steps of recoveries, oldest first.
+    pub async fn recovery_log(&self, args: RecoveryLogArgs) -> Result<Vec<RecoveryStep>, OpError> {
+        let limit = self.env.config.store_limit;
+        match timeout(limit, self.env.store.recovery_log(&args)).await {
+            Ok(Ok(steps)) => Ok(steps),
+            Ok(Err(error)) => {
+                Err(OpError::new(ErrorKind::Internal, format!("read the recovery log: {error}")))
+            }
+            Err(_) => Err(OpError::new(
+                ErrorKind::Timeout,
+                format!("the recovery log was not read within {limit:?}"),
+            )),
+        }
+    }
+
+    /// The policy an instance is watched and recovered by.
+    pub async fn policy_of(&self, name: &str) -> Result<Policy, OpError> {
+        match self.directory.get(name) {
+            Some(instance) => Ok(instance.record().policy),
+            None => self.definition(name).await.map(|_| self.env.config.policy(name)),
+        }
+    }
+
+    /// Change the policy of an instance, at once and durably.
+    pub async fn set_policy(&self, name: &str, policy: Policy) -> Result<(), OpError> {
+        let instance = match self.directory.get(name) {
+            Some(instance) => instance,
+            None => self.admit(self.definition(name).await?, policy).await?,
+        };
+        if instance.link.send(InstanceMsg::SetPolicy(policy)) { Ok(()) } else { Err(gone("its actor")) }
+    }
+
+    /// The latest that a timer of the daemon came since it started.
+    pub fn max_lag(&self) -> Duration {
+        self.env.lag.max()
+    }
+
+    /// End the tree and leave running kernels running: the next daemon adopts them. Safe to call again.
+    pub async fn shutdown(&self) {
+        // A root that is gone has nothing to end.
+        let _ = self.root.send_message(SupervisorMsg::Shutdown);
+        let n = u32::try_from(self.directory.all().len()).unwrap_or(u32::MAX).saturating_add(8);
+        let limit = self.env.config.shutdown_limit.saturating_mul(n).saturating_mul(2);
+        if self.root.get_cell().wait(Some(limit)).await.is_err() {
+            warn!(?limit, "the tree did not end in time: killed");
+            self.root.get_cell().kill();
+        }
+    }
+
+    /// Stop every instance, then end the tree. Returns what could not be stopped.
+    pub async fn drain(&self, force: bool) -> Vec<OpError> {
+        let running: Vec<Arc<Instance>> =
+            self.directory.all().into_iter().filter(|i| i.record().saved.phase != Phase::Stopped).collect();
+        let ends = running.iter().map(|i| self.terminate(&i.name, force));
+        let errors = futures::future::join_all(ends).await.into_iter().filter_map(Result::err).collect();
+        self.shutdown().await;
+        errors
+    }
+
+    // Inside.
+
+    async fn definition(&self, name: &str) -> Result<InstanceSpec, OpError> {
+        let (definitions, name) = (self.definitions.clone(), name.to_owned());
+        tokio::task::spawn_blocking(move || definitions.load(&name))
+            .await
+            .map_err(|e| OpError::new(ErrorKind::Internal, format!("read a definition: {e}")))?
+    }
+
+    fn policy(&self, args: &SpawnArgs) -> Result<Policy, OpError> {
+        let mut policy = self.env.config.policy(&args.name);
+        policy.auto_heal = args.monitor;
+        let seconds = |what: &str, s: f64| {
+            Duration::try_from_secs_f64(s).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
+                OpError::new(ErrorKind::Usage, format!("the {what} is {s} seconds; it has to be more than 0"))
+            })
+        };
+        if let Some(s) = args.heartbeat_timeout_s {
+            policy.heartbeat_timeout = seconds("heartbeat timeout", s)?;
+        }
+        if let Some(s) = args.boot_timeout_s {
+            policy.boot_grace = seconds("boot timeout", s)?;
+        }
+        Ok(policy)
+    }
+
+    /// Whether a start would be accepted, so that its request is worth checking; if not, the instance's own
+    /// refusal says why.
+    async fn may_start(&self, known: Option<&Instance>) -> bool {
+        match known {
+            None => true,
+            Some(instance) => match self.view(instance).await {
+                Ok(v) => {
+                    matches!(v.state, InstanceState::Defined | InstanceState::Stopped | InstanceState::Failed)
+                }
+                Err(_) => false,
+            },
+        }
+    }
+
+    /// The instance with this definition, known from now on.
+    async fn admit(&self, spec: InstanceSpec, policy: Policy) -> Result<Arc<Instance>, OpError> {
+        let _one_at_a_time = self.admission.lock().await;
+        if let Some(instance) = self.directory.get(&spec.name) {
+            if instance.id == spec.id {
+                return Ok(instance);
+            }
+            let text = format!(
+                "instance {} is known here with id {}, its definition now has id {}: terminate it and restart the daemon",
+                spec.name, instance.id, spec.id
+            );
+            return Err(OpError::new(ErrorKind::Conflict, text));
+        }
+        let instance = Arc::new(Instance::new(InstanceRecord::new(spec.clone(), policy)));
+        if !self.directory.insert(instance.clone()) {
+            let text = format!("instance {}: id {} belongs to another instance", spec.name, spec.id);
+            return Err(OpError::new(ErrorKind::Conflict, text));
+        }
+        let args = InstanceArgs { instance: instance.clone(), env: self.env.clone() };
+        if let Err(why) = add(|m| self.instances.send(m), instance::child(args)).await {
+            self.directory.remove(&spec.name);
+            return Err(OpError::new(ErrorKind::Internal, format!("instance {}: {why}", spec.name)));
+        }
+        Ok(instance)
+    }
+
+    /// An instance that is known here; one that is only defined never ran.
+    async fn instance(&self, name: &str) -> Result<Arc<Instance>, OpError> {
+        match self.directory.get(name) {
+            Some(instance) => Ok(instance),
+            None => {
+                self.definition(name).await.map_err(|e| match e.kind {
+                    ErrorKind::NotFound => not_found(name),
+                    _ => e,
+                })?;
+                Err(OpError::new(ErrorKind::Conflict, format!("instance {name} does not run: spawn it")))
+            }
+        }
+    }
+
+    async fn view(&self, instance: &Instance) -> Result<InstanceView, OpError> {
+        self.ask(instance, InstanceMsg::View).await
+    }
+
+    async fn ask<T>(
+        &self,
+        instance: &Instance,
+        message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
+    ) -> Result<T, OpError> {
+        let (reply, answer) = oneshot::channel();
+        if !instance.link.send(message(reply)) {
+            return Err(gone("its actor"));
+        }
+        match timeout(ANSWER_LIMIT, answer).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(_)) => Err(gone("its actor")),
+            Err(_) => {
+                let text =
+                    format!("instance {}: its actor did not answer within {ANSWER_LIMIT:?}", instance.name);
+                Err(OpError::new(ErrorKind::Timeout, text))
+            }
+        }
+    }
+
+    async fn wish(
+        &self,
+        instance: &Instance,
+        limit: Duration,
+        message: impl FnOnce(Reply<InstanceView>) -> InstanceMsg,
+    ) -> Result<InstanceView, OpError> {
+        let (reply, answer) = oneshot::channel();
+        if !instance.link.send(message(reply)) {
+            return Err(gone("its actor"));
+        }
+        match timeout(limit, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(gone("its actor")),
+            Err(_) => {
+                let text = format!("instance {}: not done within {limit:?}; it goes on", instance.name);
+                Err(OpError::new(ErrorKind::Timeout, text))
+            }
+        }
+    }
+}
+
+/// Have a supervisor start a child.
+async fn add(send: impl FnOnce(SupervisorMsg) -> bool, def: ChildDef) -> Result<(), String> {
+    let (reply, answer) = oneshot::channel();
+    if !send(SupervisorMsg::Add(def, reply)) {
+        return Err("its supervisor does not run".into());
+    }
+    answer.await.unwrap_or_else(|_| Err("its supervisor ended".into()))
+}
+
+/// The instances' supervisor. Whenever it is started, it starts every instance that is known.
+fn instances_child(env: &Arc<Env>, directory: &Directory, link: &Link<SupervisorMsg>) -> ChildDef {
+    let (env, directory, link) = (env.clone(), directory.clone(), link.clone());
+    let mut spec = ChildSpec::new("instances");
+    spec.shutdown = Shutdown::Infinity;
+    let args = move || SupervisorArgs {
+        name: "instances".into(),
+        // One budget for all instances, so it is a larger one.
+        flags: Flags { intensity: 10, period: Duration::from_secs(10), ..Flags::default() },
+        children: directory
+            .all()
+            .into_iter()
+            .map(|instance| instance::child(InstanceArgs { instance, env: env.clone() }))
+            .collect(),
+    };
+    supervisor_child(spec, args, move |actor| link.set(actor))
+}
+
+/// Fill the directory with what the store and the platform know.
+async fn remember(
+    env: &Env,
+    directory: &Directory,
+    definitions: &Arc<dyn Definitions>,
+) -> Result<(), StartError> {
+    for record in env.store.load_instances().await? {
+        let name = record.spec.name.clone();
+        if !directory.insert(Arc::new(Instance::new(record))) {
+            warn!(instance = %name, "remembered twice under its name or id: the second is ignored");
+        }
+    }
+    let existing = env.platform.existing().await?;
+    let unknown: Vec<_> = existing.into_iter().filter(|e| directory.link(e.id).is_none()).collect();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let definitions = definitions.clone();
+    let specs = tokio::task::spawn_blocking(move || definitions.all()).await.unwrap_or_default();
+    for e in unknown {
+        let Some(spec) = specs.iter().find(|s| s.id == e.id) else {
+            warn!(instance = %e.id, incarnation = e.incarnation, "runs here and is neither remembered nor defined: left alone");
+            continue;
+        };
+        info!(instance = %spec.name, incarnation = e.incarnation, "runs here and is not remembered: adopted without auto-heal");
+        let policy = Policy { auto_heal: false, ..env.config.policy(&spec.name) };
+        let mut record = InstanceRecord::new(spec.clone(), policy);
+        record.incarnation = e.incarnation;
+        record.region = Some(e.region);
+        record.saved = Saved { phase: Phase::Monitoring, held: true, ..Saved::default() };
+        directory.insert(Arc::new(Instance::new(record)));
+    }
+    Ok(())
+}

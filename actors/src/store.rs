@@ -1,0 +1,140 @@
+//! What is remembered across restarts of the daemon.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use kmorph_control::views::{RecoveryLogArgs, RecoveryStep};
+use kmorph_platform::{InstanceSpec, MemoryRange};
+use serde::{Deserialize, Serialize};
+
+use crate::core::policy::Policy;
+use crate::core::recovery::Saved;
+
+/// The store did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StoreError(pub String);
+
+/// Everything that is remembered of an instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceRecord {
+    /// Its definition when it was last started.
+    pub spec: InstanceSpec,
+    /// Its policy.
+    pub policy: Policy,
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initramfs of the user.
+    pub initramfs: Option<PathBuf>,
+    /// The user's part of the kernel command line.
+    pub cmdline: String,
+    /// Number of its latest start.
+    pub incarnation: u64,
+    /// Completed recoveries.
+    pub recoveries: u64,
+    /// The incident that is open, 0 for none.
+    pub incident: u64,
+    /// Kernel release that runs, empty for none.
+    pub release: String,
+    /// Its memory while it has any.
+    pub region: Option<MemoryRange>,
+    /// When its latest start ended, milliseconds since the Unix epoch.
+    pub booted_unix_ms: Option<u64>,
+    /// One sentence on its state.
+    pub reason: String,
+    /// State of its machine.
+    pub saved: Saved,
+}
+
+impl InstanceRecord {
+    /// An instance that was never started.
+    pub fn new(spec: InstanceSpec, policy: Policy) -> InstanceRecord {
+        InstanceRecord {
+            spec,
+            policy,
+            kernel: PathBuf::new(),
+            initramfs: None,
+            cmdline: String::new(),
+            incarnation: 0,
+            recoveries: 0,
+            incident: 0,
+            release: String::new(),
+            region: None,
+            booted_unix_ms: None,
+            reason: "not started".into(),
+            saved: Saved::default(),
+        }
+    }
+}
+
+/// Durable memory of the daemon. Every call returns when what it wrote is safe.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Append one step of a recovery.
+    async fn journal(&self, step: &RecoveryStep) -> Result<(), StoreError>;
+
+    /// Steps, oldest first.
+    async fn recovery_log(&self, filter: &RecoveryLogArgs) -> Result<Vec<RecoveryStep>, StoreError>;
+
+    /// Remember an instance, replacing what was remembered under its name.
+    async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError>;
+
+    /// Everything remembered of instances.
+    async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError>;
+
+    /// A number no incident had before, from 1.
+    async fn next_incident(&self) -> Result<u64, StoreError>;
+}
+
+/// Whether a step is one the filter asks for.
+pub fn matches(filter: &RecoveryLogArgs, step: &RecoveryStep) -> bool {
+    filter.instance.as_ref().is_none_or(|i| *i == step.instance)
+        && filter.since_unix_ms.is_none_or(|t| step.at_unix_ms >= t)
+}
+
+#[derive(Default)]
+struct Memory {
+    steps: Vec<RecoveryStep>,
+    instances: BTreeMap<String, InstanceRecord>,
+    incidents: u64,
+}
+
+/// A store that forgets when the process ends.
+#[derive(Default)]
+pub struct MemoryStore(Mutex<Memory>);
+
+impl MemoryStore {
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        // Every change is one insert or push, so a panic elsewhere left it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn journal(&self, step: &RecoveryStep) -> Result<(), StoreError> {
+        self.lock().steps.push(step.clone());
+        Ok(())
+    }
+
+    async fn recovery_log(&self, filter: &RecoveryLogArgs) -> Result<Vec<RecoveryStep>, StoreError> {
+        Ok(self.lock().steps.iter().filter(|s| matches(filter, s)).cloned().collect())
+    }
+
+    async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
+        self.lock().instances.insert(record.spec.name.clone(), record.clone());
+        Ok(())
+    }
+
+    async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
+        Ok(self.lock().instances.values().cloned().collect())
+    }
+
+    async fn next_incident(&self) -> Result<u64, StoreError> {
+        let mut memory = self.lock();
+        memory.incidents += 1;
+        Ok(memory.incidents)
+    }
+}
