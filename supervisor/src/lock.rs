@@ -1,0 +1,67 @@
+//! One daemon a machine.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use kmorph_control::{ErrorKind, OpError};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+/// Held as long as the daemon lives; the kernel lets go of it whatever way the daemon ends.
+#[derive(Debug)]
+pub struct Lock(#[allow(dead_code)] Flock<File>);
+
+/// Take the lock, or say who has it.
+pub fn take(path: &Path) -> Result<Lock, OpError> {
+    let io = |what: &str, e: &dyn std::fmt::Display| {
+        OpError::new(
+            ErrorKind::Denied,
+            format!("cannot {what} {}: {e}; kmorphd runs as root", path.display()),
+        )
+    };
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(|e| io("create the folder of", &e))?;
+    }
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|e| io("open", &e))?;
+    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, e)| match e {
+        Errno::EAGAIN => {
+            let mut pid = String::new();
+            // Without it the message is only less precise.
+            let _ = file.read_to_string(&mut pid);
+            OpError::new(
+                ErrorKind::Conflict,
+                format!("kmorphd runs already on this machine (process {}); one is enough", pid.trim()),
+            )
+        }
+        e => io("lock", &e),
+    })?;
+    lock.set_len(0)
+        .and_then(|()| lock.seek(SeekFrom::Start(0)))
+        .and_then(|_| lock.write_all(std::process::id().to_string().as_bytes()))
+        .map_err(|e| io("write", &e))?;
+    Ok(Lock(lock))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_told_about_the_first() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("run/lock");
+        let first = take(&path).unwrap();
+        let e = take(&path).unwrap_err();
+        assert_eq!(e.kind, ErrorKind::Conflict);
+        assert!(e.message.contains(&std::process::id().to_string()), "{e}");
+        drop(first);
+        take(&path).unwrap();
+    }
+}

@@ -1,0 +1,186 @@
+//! The control socket: who connects, what they ask, what they get.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{SinkExt, StreamExt};
+use kmorph_control::{ErrorKind, Hello, OpError, Reply, Request, codec, decode, encode};
+use nix::unistd::{Group, chown};
+use serde::Serialize;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
+use tracing::{Instrument, info, info_span, warn};
+
+use crate::access::{Peer, READ_GROUP};
+use crate::service::Service;
+
+/// Clients at once; each costs a task and a buffer.
+const MAX_CLIENTS: usize = 256;
+/// A client has this long to say hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// A client that says nothing for this long between requests is let go.
+const IDLE_LIMIT: Duration = Duration::from_secs(300);
+/// A client that does not take its answer for this long is let go.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// After a failed accept: descriptors may be short for a moment.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A connection.
+pub struct Client {
+    frames: Framed<UnixStream, LengthDelimitedCodec>,
+}
+
+impl Client {
+    async fn send<T: Serialize>(&mut self, value: &T) -> Result<(), OpError> {
+        let bytes = Bytes::from(encode(value)?);
+        match timeout(WRITE_LIMIT, self.frames.send(bytes)).await {
+            Err(_) => Err(OpError::new(ErrorKind::Timeout, "the client does not take its answer")),
+            Ok(Err(e)) => Err(OpError::new(ErrorKind::Internal, format!("write to the client: {e}"))),
+            Ok(Ok(())) => Ok(()),
+        }
+    }
+
+    /// One of a stream.
+    pub async fn item<T: Serialize>(&mut self, value: &T) -> Result<(), OpError> {
+        let item = Reply::Item(encode(value)?);
+        self.send(&item).await
+    }
+
+    /// The next frame; `None` at the end of the stream.
+    async fn frame(&mut self, limit: Duration) -> Result<Option<Bytes>, OpError> {
+        match timeout(limit, self.frames.next()).await {
+            Err(_) => Err(OpError::new(ErrorKind::Timeout, format!("nothing came within {limit:?}"))),
+            Ok(None) => Ok(None),
+            Ok(Some(Ok(frame))) => Ok(Some(frame.freeze())),
+            Ok(Some(Err(e))) => Err(OpError::new(ErrorKind::BadInput, format!("bad frame: {e}"))),
+        }
+    }
+
+    /// Resolves when the client is gone; what it still sends is its mistake.
+    pub async fn gone(&mut self) {
+        while let Some(Ok(_)) = self.frames.next().await {}
+    }
+}
+
+/// The listening socket.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listen. A socket left by a daemon that died is replaced; the machine's lock tells that it did.
+    pub fn bind(path: &Path) -> Result<Server, OpError> {
+        let fail = |what: &str, e: &dyn std::fmt::Display| {
+            OpError::new(
+                ErrorKind::Internal,
+                format!("cannot {what} the control socket {}: {e}", path.display()),
+            )
+        };
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(|e| fail("create the folder of", &e))?;
+        }
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail("replace", &e)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path).map_err(|e| fail("open", &e))?;
+        // Everybody of the two groups may connect; what they may do is decided by their credentials.
+        let group = Group::from_name(READ_GROUP).ok().flatten();
+        let mode = if group.is_some() { 0o666 } else { 0o600 };
+        if let Some(g) = &group {
+            chown(path, None, Some(g.gid)).map_err(|e| fail("set the group of", &e))?;
+        }
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+            .map_err(|e| fail("set the mode of", &e))?;
+        Ok(Server { listener, path: path.into() })
+    }
+
+    /// Remove the socket: the daemon ends.
+    pub fn unlink(&self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            warn!(%error, socket = %self.path.display(), "the control socket could not be removed");
+        }
+    }
+
+    /// Serve until cancelled.
+    pub async fn run(&self, service: Arc<Service>) {
+        let room = Arc::new(Semaphore::new(MAX_CLIENTS));
+        loop {
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    warn!(%error, "accepting a control client failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let service = service.clone();
+            let permit = room.clone().try_acquire_owned();
+            tokio::spawn(async move {
+                let mut client = Client { frames: Framed::new(stream, codec()) };
+                if permit.is_err() {
+                    let full = OpError::new(
+                        ErrorKind::Busy,
+                        format!("{MAX_CLIENTS} clients are connected; try again"),
+                    );
+                    // It is turned away whether it hears why or not.
+                    let _ = client.send(&Reply::Error(full)).await;
+                    return;
+                }
+                serve(client, &service).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+async fn serve(mut client: Client, service: &Service) {
+    let peer = match Peer::of(client.frames.get_ref()) {
+        Ok(peer) => peer,
+        Err(error) => return warn!(%error, "a client's credentials could not be read"),
+    };
+    let span = info_span!("client", uid = peer.uid, pid = peer.pid);
+    async {
+        if let Err(error) = talk(&mut client, &peer, service).await {
+            info!(%error, "a control connection ended");
+            // The client may be gone already.
+            let _ = client.send(&Reply::Error(error)).await;
+        }
+    }
+    .instrument(span)
+    .await;
+}
+
+async fn talk(client: &mut Client, peer: &Peer, service: &Service) -> Result<(), OpError> {
+    let Some(frame) = client.frame(HELLO_LIMIT).await? else { return Ok(()) };
+    let theirs: Hello = decode(&frame)?;
+    let ours = Hello::new();
+    client.send(&ours).await?;
+    ours.check(&theirs)?;
+    while let Some(frame) = client.frame(IDLE_LIMIT).await? {
+        let request: Request = decode(&frame)?;
+        let allowed = peer.check(&request);
+        if request.changes() {
+            info!(target: "audit", ?request, allowed = allowed.is_ok(), "change asked for");
+        }
+        let result = match allowed {
+            Ok(()) => service.handle(&request, client).await,
+            Err(e) => Err(e),
+        };
+        if request.changes() {
+            info!(target: "audit", ?request, ok = result.is_ok(), "change ended");
+        }
+        let reply = match result {
+            Ok(done) => Reply::Done(done),
+            Err(e) => Reply::Error(e),
+        };
+        client.send(&reply).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! The actors with this daemon's store, platform and definitions.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kmorph_actors::{Definitions, InstanceRecord, Policy, Store, StoreError, Tree, TreeConfig};
+use kmorph_control::{ErrorKind, OpError, RecoveryLogArgs, RecoveryStep, decode, encode};
+use kmorph_platform::{InstanceSpec, Platform};
+
+use crate::config::Config;
+use crate::definitions::KerfDefinitions;
+use crate::store::SqliteStore;
+
+/// Start the tree; it takes up what runs already.
+pub async fn start(
+    config: &Config,
+    platform: Arc<dyn Platform>,
+    store: &SqliteStore,
+    definitions: KerfDefinitions,
+) -> Result<Tree, OpError> {
+    let tree = TreeConfig {
+        defaults: policy(config),
+        terminate_grace: config.recovery.terminate_grace.0,
+        seed: seed(),
+        ..TreeConfig::default()
+    };
+    Tree::start(tree, platform, Arc::new(store.clone()), Arc::new(definitions))
+        .await
+        .map_err(|e| OpError::new(ErrorKind::Internal, e.to_string()))
+}
+
+fn policy(config: &Config) -> Policy {
+    let (h, r) = (&config.heartbeat, &config.recovery);
+    Policy {
+        heartbeat_timeout: h.timeout.0,
+        pulse_period: h.pulse_period.0,
+        pulse_misses: h.pulse_misses,
+        boot_grace: r.boot_timeout.0,
+        restart_intensity: r.restart_intensity,
+        restart_period: r.restart_period.0,
+        restart_base: r.restart_delay.0,
+        ..Policy::default()
+    }
+}
+
+/// Jitter differs from daemon to daemon; it has no other secret.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+fn failed(e: OpError) -> StoreError {
+    StoreError(e.message)
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn journal(&self, step: &RecoveryStep) -> Result<(), StoreError> {
+        self.write_step(step.clone()).await.map_err(failed)
+    }
+
+    async fn recovery_log(&self, filter: &RecoveryLogArgs) -> Result<Vec<RecoveryStep>, StoreError> {
+        self.read_steps(filter.clone()).await.map_err(failed)
+    }
+
+    async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
+        let bytes = encode(record).map_err(failed)?;
+        self.put_record(record.spec.name.clone(), bytes).await.map_err(failed)
+    }
+
+    async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
+        self.records()
+            .await
+            .map_err(failed)?
+            .into_iter()
+            .map(|(name, bytes)| {
+                decode(&bytes).map_err(|e| StoreError(format!("the record of {name} does not decode: {e}")))
+            })
+            .collect()
+    }
+
+    async fn next_incident(&self) -> Result<u64, StoreError> {
+        self.count_incident().await.map_err(failed)
+    }
+}
+
+impl Definitions for KerfDefinitions {
+    fn load(&self, name: &str) -> Result<InstanceSpec, OpError> {
+        self.named(name)
+    }
+
+    fn all(&self) -> Vec<InstanceSpec> {
+        self.every()
+    }
+}
