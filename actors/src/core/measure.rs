@@ -218,10 +218,16 @@ impl BeatTracker {
         // A late answer still proves life.
         self.since = now;
         self.silent = false;
+        let first = self.answered.is_none();
         self.answered = Some(now);
         let Some(at) = self.open.iter().position(|(s, _)| *s == serial) else { return false };
         self.open.remove(at);
         let s = &mut self.stats;
+        if first {
+            // What was asked while the kernel started could not be answered and was not missed.
+            self.open.clear();
+            *s = BeatStats { sent: 1, ..BeatStats::default() };
+        }
         s.received += 1;
         s.missed_in_row = 0;
         s.last = Some(rtt);
@@ -282,6 +288,24 @@ mod tests {
         assert_eq!(p.look(220 * MS, &sample(&[2, 2])), []);
         assert_eq!(p.look(230 * MS, &sample(&[2, 3])), [Event::PulseMoved]);
         assert_eq!((p.moved(), p.slowest()), (Some(230 * MS), Some(2)));
+    }
+
+    #[test]
+    fn requests_before_the_first_answer_are_not_missed_beats() {
+        let mut b = BeatTracker::new(250 * MS, 1000 * MS, Duration::ZERO);
+        for n in 0..8u32 {
+            b.send(n * 250 * MS);
+            b.tick(n * 250 * MS);
+        }
+        assert!(b.stats().missed > 0);
+        let serial = b.send(2000 * MS);
+        assert!(b.answer(serial, MS, 2001 * MS));
+        b.tick(5000 * MS);
+        assert_eq!((b.stats().sent, b.stats().received, b.stats().missed), (1, 1, 0));
+        let lost = b.send(5000 * MS);
+        b.tick(6000 * MS);
+        assert_eq!((b.stats().sent, b.stats().missed), (2, 1));
+        assert!(!b.answer(lost, MS, 6001 * MS), "late");
     }
 
     #[test]
