@@ -302,6 +302,11 @@ impl Tree {
         errors
     }
 
+    #[cfg(test)]
+    pub(crate) fn instance_for_test(&self, name: &str) -> Arc<Instance> {
+        self.directory.get(name).unwrap()
+    }
+
     // Inside.
 
     async fn definition(&self, name: &str) -> Result<InstanceSpec, OpError> {

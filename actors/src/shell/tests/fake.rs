@@ -1,0 +1,379 @@
+//! A platform whose kernels do what a test says, in tokio's (paused) time.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kmorph_platform::*;
+use kmp::io::Connection;
+use kmp::message::{ByeAck, HeartbeatReq, HeartbeatRsp, Hello, Message};
+use kmp::session::Event;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
+
+const PERIOD: Duration = Duration::from_millis(10);
+
+/// What the next call does.
+#[derive(Clone, Debug)]
+pub enum Next {
+    Fail(&'static str),
+    /// A fence that leaves this CPU running.
+    Partial(u32),
+    /// It does not return before the gate is opened.
+    Block(Arc<Notify>),
+    Panic,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agent {
+    Answers,
+    Silent,
+    /// Takes connections only after the kernel ran for this long.
+    After(Duration),
+    Never,
+}
+
+struct Kernel {
+    incarnation: u64,
+    started: Instant,
+    /// Beats stopped at this count.
+    frozen: Option<u64>,
+    state: KernelState,
+    agent: watch::Sender<Agent>,
+    running: bool,
+    region: MemoryRange,
+    cpus: Vec<u32>,
+}
+
+impl Kernel {
+    fn beats(&self) -> u64 {
+        self.frozen.unwrap_or((self.started.elapsed().as_millis() / PERIOD.as_millis()) as u64 + 1)
+    }
+}
+
+#[derive(Default)]
+struct State {
+    kernels: HashMap<InstanceId, Kernel>,
+    next: HashMap<&'static str, Vec<Next>>,
+    log: Vec<(Instant, String)>,
+    agent: HashMap<InstanceId, Agent>,
+    /// State a kernel has from its first moment.
+    born: HashMap<InstanceId, KernelState>,
+}
+
+pub struct Fake {
+    state: Mutex<State>,
+    changed: Notify,
+    events: Mutex<mpsc::Sender<PlatformEvent>>,
+    source: Mutex<Option<mpsc::Receiver<PlatformEvent>>>,
+}
+
+impl Fake {
+    pub fn new() -> Arc<Fake> {
+        let (events, source) = mpsc::channel(64);
+        Arc::new(Fake {
+            state: Mutex::default(),
+            changed: Notify::new(),
+            events: Mutex::new(events),
+            source: Mutex::new(Some(source)),
+        })
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.state.lock().unwrap())
+    }
+
+    fn kernel<T>(&self, id: u16, f: impl FnOnce(&mut Kernel) -> T) -> T {
+        self.with(|s| f(s.kernels.get_mut(&InstanceId(id)).expect("the kernel runs")))
+    }
+
+    /// What the next calls of this kind do; then they succeed.
+    pub fn script(&self, call: &'static str, next: &[Next]) {
+        self.with(|s| s.next.insert(call, next.iter().rev().cloned().collect()));
+    }
+
+    pub fn agent(&self, id: u16, agent: Agent) {
+        self.with(|s| {
+            s.agent.insert(InstanceId(id), agent);
+            if let Some(k) = s.kernels.get(&InstanceId(id)) {
+                k.agent.send_replace(agent);
+            }
+        });
+    }
+
+    pub fn born(&self, id: u16, state: KernelState) {
+        self.with(|s| s.born.insert(InstanceId(id), state));
+    }
+
+    /// A new daemon: events can be taken again.
+    pub fn rewind(&self) {
+        let (events, source) = mpsc::channel(64);
+        *self.source.lock().unwrap() = Some(source);
+        *self.events.lock().unwrap() = events;
+    }
+
+    pub fn hang(&self, id: u16) {
+        self.freeze(id);
+        self.kernel(id, |k| k.agent.send_replace(Agent::Silent));
+    }
+
+    pub fn freeze(&self, id: u16) {
+        self.kernel(id, |k| k.frozen = Some(k.beats()));
+    }
+
+    pub fn thaw(&self, id: u16) {
+        self.kernel(id, |k| k.frozen = None);
+    }
+
+    /// The kernel panics and its notice arrives.
+    pub async fn panic(&self, id: u16, reason: &str) {
+        self.hang(id);
+        let incarnation = self.kernel(id, |k| {
+            k.state = KernelState::Panicked(reason.into());
+            k.incarnation
+        });
+        self.event(id, incarnation, PlatformEventKind::Panic(reason.into())).await;
+    }
+
+    /// The kernel panics and its notice is lost.
+    pub fn panic_unseen(&self, id: u16) {
+        self.kernel(id, |k| k.state = KernelState::Panicked("unseen".into()));
+    }
+
+    pub async fn event(&self, id: u16, incarnation: u64, kind: PlatformEventKind) {
+        let event = PlatformEvent { id: InstanceId(id), incarnation, age: Duration::from_micros(40), kind };
+        let events = self.events.lock().unwrap().clone();
+        events.send(event).await.unwrap();
+    }
+
+    pub fn running(&self, id: u16) -> Option<u64> {
+        self.with(|s| s.kernels.get(&InstanceId(id)).filter(|k| k.running).map(|k| k.incarnation))
+    }
+
+    /// Calls so far, such as "boot 1 2" (instance, incarnation).
+    pub fn log(&self) -> Vec<String> {
+        self.with(|s| s.log.iter().map(|(_, l)| l.clone()).collect())
+    }
+
+    pub fn count(&self, prefix: &str) -> usize {
+        self.log().iter().filter(|l| l.starts_with(prefix)).count()
+    }
+
+    /// Wait until this call was made; when it was.
+    pub async fn called(&self, call: &str) -> Instant {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(at) = self.with(|s| s.log.iter().find(|(_, l)| l == call).map(|(at, _)| *at)) {
+                return at;
+            }
+            changed.await;
+        }
+    }
+
+    async fn call(&self, kind: &'static str, text: String) -> Option<Next> {
+        let next = self.with(|s| {
+            s.log.push((Instant::now(), text));
+            s.next.get_mut(kind).and_then(Vec::pop)
+        });
+        self.changed.notify_waiters();
+        match next {
+            Some(Next::Block(gate)) => {
+                gate.notified().await;
+                None
+            }
+            Some(Next::Panic) => panic!("scripted panic in {kind}"),
+            next => next,
+        }
+    }
+
+    fn current(&self, id: InstanceId, asked: u64) -> Result<(), PlatformError> {
+        self.with(|s| match s.kernels.get(&id) {
+            None => Err(PlatformError::Unknown(id)),
+            Some(k) if k.incarnation != asked => {
+                Err(PlatformError::StaleIncarnation { id, asked, current: k.incarnation })
+            }
+            Some(_) => Ok(()),
+        })
+    }
+}
+
+#[async_trait]
+impl Platform for Fake {
+    fn kind(&self) -> PlatformKind {
+        PlatformKind::Process
+    }
+
+    async fn inventory(&self) -> Result<Inventory, PlatformError> {
+        Ok(Inventory::default())
+    }
+
+    async fn existing(&self) -> Result<Vec<ExistingInstance>, PlatformError> {
+        if let Some(Next::Fail(why)) = self.call("existing", "existing".into()).await {
+            return Err(PlatformError::os("existing", why));
+        }
+        Ok(self.with(|s| {
+            s.kernels
+                .iter()
+                .map(|(id, k)| ExistingInstance {
+                    id: *id,
+                    incarnation: k.incarnation,
+                    region: k.region,
+                    cpus: k.cpus.clone(),
+                    running: k.running,
+                })
+                .collect()
+        }))
+    }
+
+    fn take_events(&self) -> Option<mpsc::Receiver<PlatformEvent>> {
+        self.source.lock().unwrap().take()
+    }
+
+    async fn check(&self, request: &BootRequest) -> Result<(), PlatformError> {
+        if request.kernel == Path::new("/bad") {
+            return Err(PlatformError::BadImage("/bad: not a bzImage".into()));
+        }
+        Ok(())
+    }
+
+    async fn boot(&self, r: &BootRequest) -> Result<Booted, PlatformError> {
+        let id = r.spec.id;
+        let next = self.call("boot", format!("boot {id} {}", r.incarnation)).await;
+        if let Some(Next::Fail(why)) = next {
+            return Err(PlatformError::BadImage(why.into()));
+        }
+        let region = MemoryRange { base: u64::from(id.0) << 30, size: r.spec.memory_bytes };
+        self.with(|s| {
+            assert!(s.kernels.get(&id).is_none(), "instance {id} is started while it owns resources");
+            let agent = s.agent.get(&id).copied().unwrap_or(Agent::Answers);
+            let kernel = Kernel {
+                incarnation: r.incarnation,
+                started: Instant::now(),
+                frozen: None,
+                state: s.born.get(&id).cloned().unwrap_or(KernelState::Ready),
+                agent: watch::Sender::new(agent),
+                running: true,
+                region,
+                cpus: r.spec.cpus.clone(),
+            };
+            s.kernels.insert(id, kernel);
+        });
+        let took = Duration::from_millis(5);
+        Ok(Booted { region, cpus: r.spec.cpus.clone(), release: "6.12.9".into(), took })
+    }
+
+    fn pulse(&self, id: InstanceId, incarnation: u64) -> Result<PulseSample, PlatformError> {
+        self.current(id, incarnation)?;
+        Ok(self.kernel(id.0, |k| PulseSample {
+            state: k.state.clone(),
+            nonce: k.incarnation + 1000,
+            cpus: vec![CpuPulse { number: 0, count: k.beats() }],
+        }))
+    }
+
+    async fn fence(&self, id: InstanceId, incarnation: u64) -> Result<FenceReport, PlatformError> {
+        let next = self.call("fence", format!("fence {id} {incarnation}")).await;
+        self.current(id, incarnation)?;
+        let took = Duration::from_micros(150);
+        match next {
+            Some(Next::Fail(why)) => Err(PlatformError::os("stop", why)),
+            Some(Next::Partial(cpu)) => {
+                let cpus = self.kernel(id.0, |k| k.cpus.iter().map(|c| (*c, *c != cpu)).collect());
+                Ok(FenceReport { cpus, complete: false, took })
+            }
+            _ => Ok(self.kernel(id.0, |k| {
+                k.frozen = Some(k.beats());
+                k.running = false;
+                k.agent.send_replace(Agent::Never);
+                FenceReport { cpus: k.cpus.iter().map(|c| (*c, true)).collect(), complete: true, took }
+            })),
+        }
+    }
+
+    async fn reclaim(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        release_cpus: bool,
+    ) -> Result<ReclaimReport, PlatformError> {
+        let next = self.call("reclaim", format!("reclaim {id} {incarnation} {release_cpus}")).await;
+        self.current(id, incarnation)?;
+        if let Some(Next::Fail(why)) = next {
+            return Err(PlatformError::os("reclaim", why));
+        }
+        self.with(|s| {
+            assert!(!s.kernels[&id].running, "instance {id} is reclaimed while it runs");
+            let k = s.kernels.remove(&id).expect("checked");
+            Ok(ReclaimReport { region: k.region, cpus: k.cpus, took: Duration::from_micros(90) })
+        })
+    }
+
+    async fn connect(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        port: u32,
+    ) -> Result<Box<dyn Stream>, PlatformError> {
+        assert_eq!(port, 9000);
+        self.current(id, incarnation)?;
+        let (agent, since) = self.kernel(id.0, |k| (k.agent.subscribe(), k.started.elapsed()));
+        let now = *agent.borrow();
+        let listens = match now {
+            Agent::Answers | Agent::Silent => true,
+            Agent::After(t) => since >= t,
+            Agent::Never => false,
+        };
+        if !listens {
+            return Err(PlatformError::os("connect", "connection refused"));
+        }
+        let (here, there) = tokio::io::duplex(4096);
+        tokio::spawn(serve(there, id, incarnation, agent));
+        Ok(Box::new(here))
+    }
+
+    async fn console(&self, id: InstanceId, _: u64) -> Result<ConsoleLog, PlatformError> {
+        let records = (0..30)
+            .map(|n| ConsoleRecord { seq: n, ts_ns: n, level: 6, text: format!("instance {id} line {n}") })
+            .collect();
+        Ok(ConsoleLog { records, next_seq: 30, note: None })
+    }
+
+    async fn release_all(&self) -> Result<(), PlatformError> {
+        Ok(())
+    }
+}
+
+async fn serve(stream: tokio::io::DuplexStream, id: InstanceId, incarnation: u64, mut agent: watch::Receiver<Agent>) {
+    let identity = Hello { instance: id.0, incarnation, release: "6.12.9".into(), ..Hello::default() };
+    let limit = Duration::from_secs(1);
+    let Ok((mut connection, _)) = Connection::accept(stream, identity, || 0, limit).await else { return };
+    loop {
+        let event = tokio::select! {
+            event = connection.next() => event,
+            changed = agent.changed() => {
+                if changed.is_err() || *agent.borrow() == Agent::Never {
+                    return;
+                }
+                continue;
+            }
+        };
+        let silent = *agent.borrow() == Agent::Silent;
+        match event {
+            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics }) } if !silent => {
+                let mut answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
+                if metrics {
+                    answer.metrics.io = Some(kmp::message::IoMetrics { probe_us: 7, pressure: None });
+                }
+                connection.queue(header.sequence, &answer.into()).unwrap();
+            }
+            Event::Message { message: Message::Bye(_), .. } if !silent => {
+                let _ = connection.confirm_bye(ByeAck { detail: "stopped".into() }).await;
+                return;
+            }
+            Event::Closed { .. } => return,
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The tree on a scripted platform, in paused time.
+
+mod actors;
+mod fake;
+mod failures;
+mod operators;
+mod restart;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kmorph_control::error::{ErrorKind, OpError};
+use kmorph_control::views::*;
+use kmorph_platform::{InstanceId, InstanceSpec, Platform};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::config::{Definitions, TreeConfig};
+use crate::core::policy::Policy;
+use crate::store::{InstanceRecord, MemoryStore, Store, StoreError};
+use crate::{Service, Tree};
+use fake::{Agent, Fake, Next};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// web is instance 1, db is 2, more are "i3", "i4", ...
+struct Defs;
+
+fn spec(name: &str, id: u16) -> InstanceSpec {
+    InstanceSpec {
+        name: name.into(),
+        id: InstanceId(id),
+        cpus: vec![u32::from(id) * 2, u32::from(id) * 2 + 1],
+        memory_bytes: 512 << 20,
+        memory_base: None,
+    }
+}
+
+impl Definitions for Defs {
+    fn load(&self, name: &str) -> Result<InstanceSpec, OpError> {
+        self.all()
+            .into_iter()
+            .find(|s| s.name == name)
+            .ok_or_else(|| OpError::new(ErrorKind::NotFound, format!("no definition of {name}")))
+    }
+
+    fn all(&self) -> Vec<InstanceSpec> {
+        vec![spec("web", 1), spec("db", 2), spec("i3", 3)]
+    }
+}
+
+/// A store whose steps can be waited for, and that can be made to fail.
+#[derive(Default)]
+struct TestStore {
+    memory: MemoryStore,
+    steps: watch::Sender<Vec<RecoveryStep>>,
+    broken: std::sync::atomic::AtomicBool,
+}
+
+impl TestStore {
+    fn check(&self) -> Result<(), StoreError> {
+        if self.broken.load(std::sync::atomic::Ordering::SeqCst) { Err(StoreError("disk full".into())) } else { Ok(()) }
+    }
+
+    /// Wait for a step in this phase.
+    async fn phase(&self, phase: &str) -> RecoveryStep {
+        let mut steps = self.steps.subscribe();
+        let steps = steps.wait_for(|s| s.iter().any(|s| s.phase == phase)).await.unwrap();
+        steps.iter().find(|s| s.phase == phase).cloned().unwrap()
+    }
+
+    fn phases(&self) -> Vec<String> {
+        self.steps.borrow().iter().map(|s| s.phase.clone()).collect()
+    }
+}
+
+#[async_trait]
+impl Store for TestStore {
+    async fn journal(&self, step: &RecoveryStep) -> Result<(), StoreError> {
+        self.check()?;
+        self.memory.journal(step).await?;
+        self.steps.send_modify(|s| s.push(step.clone()));
+        Ok(())
+    }
+    async fn recovery_log(&self, filter: &RecoveryLogArgs) -> Result<Vec<RecoveryStep>, StoreError> {
+        self.memory.recovery_log(filter).await
+    }
+    async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
+        self.check()?;
+        self.memory.save_instance(record).await
+    }
+    async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
+        self.memory.load_instances().await
+    }
+    async fn next_incident(&self) -> Result<u64, StoreError> {
+        self.check()?;
+        self.memory.next_incident().await
+    }
+}
+
+struct World {
+    tree: Tree,
+    fake: Arc<Fake>,
+    store: Arc<TestStore>,
+}
+
+fn config() -> TreeConfig {
+    let defaults = Policy { boot_grace: Duration::from_secs(20), ..Policy::default() };
+    TreeConfig { defaults, ..TreeConfig::default() }
+}
+
+async fn tree(fake: &Arc<Fake>, store: &Arc<TestStore>, config: TreeConfig) -> Tree {
+    let platform: Arc<dyn Platform> = fake.clone();
+    Tree::start(config, platform, store.clone(), Arc::new(Defs)).await.unwrap()
+}
+
+async fn world_with(config: TreeConfig) -> World {
+    let (fake, store) = (Fake::new(), Arc::new(TestStore::default()));
+    let tree = tree(&fake, &store, config).await;
+    World { tree, fake, store }
+}
+
+async fn world() -> World {
+    world_with(config()).await
+}
+
+fn args(name: &str) -> SpawnArgs {
+    SpawnArgs {
+        name: name.into(),
+        kernel: "/boot/vmlinuz".into(),
+        cmdline: Some("quiet".into()),
+        initramfs: None,
+        monitor: true,
+        heartbeat_timeout_s: None,
+        boot_timeout_s: None,
+        wait: true,
+    }
+}
+
+impl World {
+    /// Wait, in paused time, until the instance shows this state.
+    async fn shows(&self, name: &str, state: InstanceState) -> InstanceView {
+        let limit = Instant::now() + Duration::from_secs(600);
+        loop {
+            let view = self.tree.status(name).await.unwrap();
+            if view.state == state {
+                return view;
+            }
+            assert!(Instant::now() < limit, "{name} never shows {state}, it is {view:?}");
+            tokio::time::sleep(MS).await;
+        }
+    }
+
+    async fn up(&self, name: &str) -> InstanceView {
+        let view = self.tree.spawn(args(name)).await.unwrap();
+        assert_eq!(view.state, InstanceState::Healthy);
+        view
+    }
+
+    /// Let this much time pass.
+    async fn pass(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+}
