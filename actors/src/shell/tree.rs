@@ -133,7 +133,10 @@ impl Tree {
         let known = self.directory.get(&args.name);
         let (incarnation, cmdline) = known
             .as_ref()
-            .map_or((1, String::new()), |i| (i.record().incarnation + 1, i.record().cmdline.clone()));
+            .map_or((1, String::new()), |i| {
+                let r = i.record(); // one guard: a second one would wait for the first for ever
+                (r.incarnation + 1, r.cmdline.clone())
+            });
         let plan = Plan {
             spec: spec.clone(),
             policy,
