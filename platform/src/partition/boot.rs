@@ -34,10 +34,9 @@ fn read_file(what: &str, path: &Path) -> Result<Vec<u8>, PlatformError> {
 
 /// Check a request without changing anything.
 pub(super) fn prepare(inner: &Inner, r: &BootRequest) -> Result<Prepared, PlatformError> {
-    let name = &r.spec.name;
     if r.spec.cpus.is_empty() || r.spec.cpus.len() > abi::MAX_CPUS {
         return Err(PlatformError::Invalid(format!(
-            "{name} is defined with {} CPUs; 1 to {} are possible",
+            "it is defined with {} CPUs; 1 to {} are possible",
             r.spec.cpus.len(),
             abi::MAX_CPUS
         )));
@@ -76,24 +75,23 @@ fn parts<'a>(inner: &Inner, r: &BootRequest, control: u64, user: &'a str) -> Cmd
 
 fn check_cpus(inner: &Inner, r: &BootRequest) -> Result<(), PlatformError> {
     let cpus = view::cpus(inner)?;
-    let name = &r.spec.name;
     for apic in &r.spec.cpus {
         let Some(cpu) = cpus.iter().find(|c| c.apic_id == *apic) else {
             let known: Vec<String> = cpus.iter().map(|c| c.apic_id.to_string()).collect();
             return Err(PlatformError::Invalid(format!(
-                "{name} wants CPU {apic} (physical id), which this machine does not have; it has {}",
+                "it wants CPU {apic} (physical id), which this machine does not have; it has {}",
                 known.join(", ")
             )));
         };
         if cpu.boot {
             return Err(PlatformError::Invalid(format!(
-                "{name} wants CPU {apic}, the machine's boot processor; it always stays with the primary kernel"
+                "it wants CPU {apic}, the machine's boot processor; it always stays with the primary kernel"
             )));
         }
         if cpu.state == CpuState::Lent {
             let owner = cpu.owner.map(|o| o.to_string()).unwrap_or_default();
             return Err(PlatformError::Busy(format!(
-                "{name} wants CPU {apic}, which instance {owner} has; terminate that one or change the definition"
+                "it wants CPU {apic}, which instance {owner} has; terminate that one or change the definition"
             )));
         }
     }
@@ -104,7 +102,7 @@ fn check_cpus(inner: &Inner, r: &BootRequest) -> Result<(), PlatformError> {
         .find(|(id, _, c)| *id != r.spec.id && c.iter().any(|a| r.spec.cpus.contains(a)))
     {
         return Err(PlatformError::Busy(format!(
-            "{name} wants CPUs {c:?}, with which instance {owner} is being started"
+            "it wants CPUs {c:?}, with which instance {owner} is being started"
         )));
     }
     Ok(())

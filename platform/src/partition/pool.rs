@@ -124,30 +124,40 @@ fn take_offline(root: &Path, bytes: u64) -> Result<Vec<MemoryRange>, PlatformErr
         }
     }
     movable.sort_unstable();
-    let run = movable.windows(need as usize).rev().find(|w| w.windows(2).all(|p| p[0] + 1 == p[1]));
-    let Some(run) = run else {
-        return Err(PlatformError::Unavailable(format!(
+    let contiguous = |w: &&[u64]| w.windows(2).all(|p| p[0] + 1 == p[1]);
+    let mut last = None;
+    // A block can be refused (it has holes, or a page that cannot be moved): then the next run is tried.
+    for run in movable.windows(need as usize).rev().filter(contiguous) {
+        match offline_run(root, block, run) {
+            // One range: regions may then span blocks.
+            Ok(()) => return Ok(vec![MemoryRange { base: run[0] * block, size: need * block }]),
+            Err(e) => last = Some(e),
+        }
+    }
+    Err(match last {
+        Some(why) => {
+            PlatformError::Busy(format!("{} MiB of memory cannot be taken offline: {why}", bytes >> 20))
+        }
+        None => PlatformError::Unavailable(format!(
             "{} MiB of contiguous movable memory are needed for instances and {} blocks of {} MiB are movable; boot the \
              primary kernel with movablecore={}M or more",
             bytes >> 20,
             movable.len(),
             block >> 20,
             (need + 2) * (block >> 20)
-        )));
-    };
-    let mut done = Vec::new();
-    for n in run {
+        )),
+    })
+}
+
+/// Take all blocks of a run offline, or none.
+fn offline_run(root: &Path, block: u64, run: &[u64]) -> Result<(), String> {
+    for (done, n) in run.iter().enumerate() {
         if let Err(e) = std::fs::write(root.join(format!("memory{n}/state")), "offline") {
-            put_online(root, &done);
-            return Err(PlatformError::Busy(format!(
-                "memory block {n} ({:#x}) cannot be taken offline: {e}; something in it cannot be moved",
-                n * block
-            )));
+            put_online(root, &[MemoryRange { base: run[0] * block, size: done as u64 * block }]);
+            return Err(format!("block {n} ({:#x}): {e}", n * block));
         }
-        done.push(MemoryRange { base: n * block, size: block });
     }
-    // One range: regions may then span blocks.
-    Ok(vec![MemoryRange { base: run[0] * block, size: need * block }])
+    Ok(())
 }
 
 fn put_online(root: &Path, ranges: &[MemoryRange]) {
@@ -233,6 +243,12 @@ mod tests {
         assert_eq!((state(10), state(11), state(8)), ("offline".into(), "offline".into(), "online".into()));
         put_online(d.path(), &got);
         assert_eq!(state(11), "online_movable");
+        // A block whose state cannot be written counts as refused; the run below it is taken.
+        std::fs::write(d.path().join("memory11/state"), "online").unwrap();
+        std::fs::write(d.path().join("memory10/state"), "online").unwrap();
+        std::fs::remove_file(d.path().join("memory11/state")).unwrap();
+        std::fs::create_dir(d.path().join("memory11/state")).unwrap();
+        assert!(take_offline(d.path(), 128 << 20).unwrap()[0].base < 11 * 0x800_0000);
         let text = take_offline(d.path(), 600 << 20).unwrap_err().to_string();
         assert!(text.contains("movablecore="), "{text}");
     }
