@@ -74,7 +74,7 @@ pub(crate) struct Run {
 
 /// Messages of the recovery actor.
 pub(crate) enum EffectsMsg {
-    Run(Run),
+    Run(Box<Run>),
     #[cfg(test)]
     Panic,
 }
@@ -317,7 +317,7 @@ impl Actor for Effects {
     ) -> Result<(), ActorProcessingErr> {
         state.link.taken();
         match message {
-            EffectsMsg::Run(run) => state.run(run).await,
+            EffectsMsg::Run(run) => state.run(*run).await,
             #[cfg(test)]
             EffectsMsg::Panic => panic!("asked to panic"),
         }

@@ -131,12 +131,13 @@ impl Tree {
         let spec = self.definition(&args.name).await?;
         let policy = self.policy(&args)?;
         let known = self.directory.get(&args.name);
-        let (incarnation, cmdline) = known
-            .as_ref()
-            .map_or((1, String::new()), |i| {
-                let r = i.record(); // one guard: a second one would wait for the first for ever
-                (r.incarnation + 1, r.cmdline.clone())
-            });
+        let (incarnation, cmdline) = match &known {
+            Some(instance) => {
+                let record = instance.record();
+                (record.incarnation + 1, record.cmdline.clone())
+            }
+            None => (1, String::new()),
+        };
         let plan = Plan {
             spec: spec.clone(),
             policy,

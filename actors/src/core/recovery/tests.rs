@@ -361,7 +361,11 @@ proptest! {
                 continue;
             }
             match n {
-                5 => may_run = false,
+                // A start that failed gave everything back.
+                5 => {
+                    fenced = true;
+                    may_run = false;
+                }
                 7 => { fenced = true; may_run = false; }
                 _ => {}
             }

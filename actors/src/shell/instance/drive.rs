@@ -270,7 +270,7 @@ impl InstanceActorState {
         }
         let run = Run { epoch: self.epoch, op: self.next_op, orders, record, effect };
         self.unacknowledged.push_back(run.clone());
-        self.args.instance.recovery.send(EffectsMsg::Run(run));
+        self.args.instance.recovery.send(EffectsMsg::Run(Box::new(run)));
     }
 
     fn watch(&mut self, adopted: bool) {
@@ -459,7 +459,7 @@ impl InstanceActorState {
             }
             "recovery" => {
                 for run in &self.unacknowledged {
-                    self.args.instance.recovery.send(EffectsMsg::Run(run.clone()));
+                    self.args.instance.recovery.send(EffectsMsg::Run(Box::new(run.clone())));
                 }
             }
             _ => {}

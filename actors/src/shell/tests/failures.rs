@@ -48,7 +48,10 @@ async fn a_hang_is_declared_within_the_bound() {
     }
     let steps = w.tree.recovery_log(RecoveryLogArgs::default()).await.unwrap();
     assert_eq!(steps.len(), 5 * RECOVERY.len());
-    assert!(steps[0].detail.contains("no pulse and no heartbeat") && steps[0].detail.contains("3 probes unanswered"));
+    assert!(
+        steps[0].detail.contains("no pulse and no heartbeat")
+            && steps[0].detail.contains("3 probes unanswered")
+    );
     assert!(steps[0].offset_us > 300_000, "the first notice was the suspicion: {}", steps[0].offset_us);
 }
 
@@ -78,7 +81,10 @@ async fn a_silent_pulse_is_no_reason_to_fence_while_the_agent_answers() {
     w.fake.freeze(1);
     w.shows("web", InstanceState::Suspect).await;
     w.pass(Duration::from_secs(120)).await;
-    assert_eq!((w.fake.count("fence"), w.tree.status("web").await.unwrap().state), (0, InstanceState::Suspect));
+    assert_eq!(
+        (w.fake.count("fence"), w.tree.status("web").await.unwrap().state),
+        (0, InstanceState::Suspect)
+    );
     w.fake.thaw(1);
     w.shows("web", InstanceState::Healthy).await;
 }
@@ -175,7 +181,10 @@ async fn an_instance_that_keeps_failing_is_given_up_and_can_be_started_by_hand()
             waits.push((w.fake.called(&format!("boot 1 {}", n + 1)).await - fenced).as_millis());
         }
     }
-    assert!(waits[0] < 10 && (900..=1010).contains(&waits[1]) && (1800..=2010).contains(&waits[2]), "{waits:?}");
+    assert!(
+        waits[0] < 10 && (900..=1010).contains(&waits[1]) && (1800..=2010).contains(&waits[2]),
+        "{waits:?}"
+    );
     let view = w.shows("web", InstanceState::Failed).await;
     assert!(view.reason.contains("it failed 4 times within 300 s"), "{}", view.reason);
     assert_eq!(w.fake.log().last().unwrap(), "reclaim 1 4 true", "its CPUs go back to the primary");

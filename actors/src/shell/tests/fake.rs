@@ -246,7 +246,7 @@ impl Platform for Fake {
         }
         let region = MemoryRange { base: u64::from(id.0) << 30, size: r.spec.memory_bytes };
         self.with(|s| {
-            assert!(s.kernels.get(&id).is_none(), "instance {id} is started while it owns resources");
+            assert!(!s.kernels.contains_key(&id), "instance {id} is started while it owns resources");
             let agent = s.agent.get(&id).copied().unwrap_or(Agent::Answers);
             let kernel = Kernel {
                 incarnation: r.incarnation,
@@ -345,7 +345,12 @@ impl Platform for Fake {
     }
 }
 
-async fn serve(stream: tokio::io::DuplexStream, id: InstanceId, incarnation: u64, mut agent: watch::Receiver<Agent>) {
+async fn serve(
+    stream: tokio::io::DuplexStream,
+    id: InstanceId,
+    incarnation: u64,
+    mut agent: watch::Receiver<Agent>,
+) {
     let identity = Hello { instance: id.0, incarnation, release: "6.12.9".into(), ..Hello::default() };
     let limit = Duration::from_secs(1);
     let Ok((mut connection, _)) = Connection::accept(stream, identity, || 0, limit).await else { return };
@@ -361,7 +366,9 @@ async fn serve(stream: tokio::io::DuplexStream, id: InstanceId, incarnation: u64
         };
         let silent = *agent.borrow() == Agent::Silent;
         match event {
-            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics }) } if !silent => {
+            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics }) }
+                if !silent =>
+            {
                 let mut answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
                 if metrics {
                     answer.metrics.io = Some(kmp::message::IoMetrics { probe_us: 7, pressure: None });

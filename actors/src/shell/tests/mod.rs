@@ -1,8 +1,8 @@
 //! The tree on a scripted platform, in paused time.
 
 mod actors;
-mod fake;
 mod failures;
+mod fake;
 mod operators;
 mod restart;
 
@@ -60,7 +60,11 @@ struct TestStore {
 
 impl TestStore {
     fn check(&self) -> Result<(), StoreError> {
-        if self.broken.load(std::sync::atomic::Ordering::SeqCst) { Err(StoreError("disk full".into())) } else { Ok(()) }
+        if self.broken.load(std::sync::atomic::Ordering::SeqCst) {
+            Err(StoreError("disk full".into()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Wait for a step in this phase.

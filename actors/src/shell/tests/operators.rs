@@ -27,8 +27,10 @@ async fn spawn_waits_until_it_serves_and_views_tell_the_truth() {
     assert_eq!(health.io.unwrap().probe_us, 7);
     assert!(health.age_ms < 400);
 
-    let names: Vec<(String, InstanceState)> = w.tree.list().await.into_iter().map(|v| (v.name, v.state)).collect();
-    let want = [("db", InstanceState::Defined), ("i3", InstanceState::Defined), ("web", InstanceState::Healthy)];
+    let names: Vec<(String, InstanceState)> =
+        w.tree.list().await.into_iter().map(|v| (v.name, v.state)).collect();
+    let want =
+        [("db", InstanceState::Defined), ("i3", InstanceState::Defined), ("web", InstanceState::Healthy)];
     assert_eq!(names, want.map(|(n, s)| (n.to_string(), s)));
     assert_eq!(w.store.phases(), [""; 0], "no incident");
 }
@@ -119,7 +121,10 @@ async fn a_boot_that_fails_says_why_and_leaves_nothing() {
     let error = w.tree.spawn(args("web")).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::BootFailed);
     assert!(error.message.contains("setup header of version 0x20b"), "{error}");
-    assert!(error.message.contains("line 29") && !error.message.contains("line 9\n"), "the last 20 lines: {error}");
+    assert!(
+        error.message.contains("line 29") && !error.message.contains("line 9\n"),
+        "the last 20 lines: {error}"
+    );
     let view = w.tree.status("web").await.unwrap();
     assert_eq!(view.state, InstanceState::Stopped);
     assert!(view.reason.contains("setup header"), "{}", view.reason);
@@ -167,14 +172,18 @@ async fn terminate_while_it_is_being_started() {
     let w = world().await;
     let gate = Arc::new(tokio::sync::Notify::new());
     w.fake.script("boot", &[Next::Block(gate.clone())]);
-    let (spawned, ended, ()) = tokio::join!(w.tree.spawn(args("web")), async {
-        w.fake.called("boot 1 1").await;
-        w.tree.terminate("web", false).await
-    }, async {
-        w.fake.called("boot 1 1").await;
-        w.pass(50 * MS).await;
-        gate.notify_one();
-    });
+    let (spawned, ended, ()) = tokio::join!(
+        w.tree.spawn(args("web")),
+        async {
+            w.fake.called("boot 1 1").await;
+            w.tree.terminate("web", false).await
+        },
+        async {
+            w.fake.called("boot 1 1").await;
+            w.pass(50 * MS).await;
+            gate.notify_one();
+        }
+    );
     assert_eq!(spawned.unwrap_err().kind, ErrorKind::Conflict);
     assert_eq!(ended.unwrap().state, InstanceState::Stopped);
     assert_eq!(w.fake.log()[1..], ["boot 1 1", "fence 1 1", "reclaim 1 1 true"]);
@@ -209,7 +218,8 @@ async fn terminate_while_it_is_being_recovered() {
 async fn a_policy_can_be_changed_while_it_runs() {
     let w = world().await;
     w.up("web").await;
-    let policy = Policy { heartbeat_timeout: Duration::from_secs(60), ..w.tree.policy_of("web").await.unwrap() };
+    let policy =
+        Policy { heartbeat_timeout: Duration::from_secs(60), ..w.tree.policy_of("web").await.unwrap() };
     w.tree.set_policy("web", policy).await.unwrap();
     w.pass(Duration::from_secs(6)).await;
     let beats = w.tree.heartbeat("web").await.unwrap();

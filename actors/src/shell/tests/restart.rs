@@ -18,7 +18,10 @@ async fn running_kernels_are_adopted_and_not_disturbed() {
     w.tree.terminate("db", true).await.unwrap();
     let w = again(w).await;
     let view = w.shows("web", InstanceState::Healthy).await;
-    assert_eq!((view.incarnation, view.release.as_str(), view.kernel.as_str()), (1, "6.12.9", "/boot/vmlinuz"));
+    assert_eq!(
+        (view.incarnation, view.release.as_str(), view.kernel.as_str()),
+        (1, "6.12.9", "/boot/vmlinuz")
+    );
     assert!(view.uptime_s.is_some());
     assert_eq!(w.tree.status("db").await.unwrap().state, InstanceState::Stopped);
     assert_eq!((w.fake.count("boot"), w.fake.count("fence")), (2, 1));
