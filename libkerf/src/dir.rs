@@ -1,8 +1,10 @@
 //! The folder of definitions.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::instance::name_is_valid;
+use crate::tree::MAX_BLOB;
 use crate::{Instance, KerfError, Tree, compile, instances_of};
 
 /// Where kerf keeps them.
@@ -21,8 +23,17 @@ fn read(path: &Path) -> Result<Vec<Instance>, KerfError> {
     let tree = if path.extension().is_some_and(|e| e == "dts") {
         compile(path)?
     } else {
-        let blob = std::fs::read(path)
-            .map_err(|e| KerfError::Io { what: format!("read {}", path.display()), why: e.to_string() })?;
+        let io = |e: std::io::Error| KerfError::Io {
+            what: format!("read {}", path.display()),
+            why: e.to_string(),
+        };
+        let mut blob = Vec::new();
+        // One byte more than allowed is enough to refuse it.
+        std::fs::File::open(path)
+            .map_err(io)?
+            .take(MAX_BLOB as u64 + 1)
+            .read_to_end(&mut blob)
+            .map_err(io)?;
         Tree::from_blob(&path.display().to_string(), &blob)?
     };
     instances_of(&tree)

@@ -84,6 +84,15 @@ fn dtc_names_the_line() {
 }
 
 #[test]
+fn a_huge_blob_is_refused_unread() {
+    let d = tempfile::tempdir().unwrap();
+    let file = std::fs::File::create(d.path().join("web-server.dtb")).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let text = load_named(d.path(), "web-server").unwrap_err().to_string();
+    assert!(text.contains("web-server.dtb") && text.contains("more than 1048576 bytes"), "{text}");
+}
+
+#[test]
 fn names_are_checked_before_they_become_paths() {
     let d = tempfile::tempdir().unwrap();
     for bad in ["../x", "", ".hidden", "a b", &"x".repeat(64)] {

@@ -5,7 +5,7 @@ use dtb::{Reader, StructItem};
 use crate::KerfError;
 
 /// Larger blobs are no instance definitions.
-const MAX_BLOB: usize = 1 << 20;
+pub(crate) const MAX_BLOB: usize = 1 << 20;
 /// Deeper trees are no instance definitions.
 const MAX_DEPTH: usize = 16;
 
@@ -51,7 +51,7 @@ impl Tree {
     pub fn from_blob(file: &str, blob: &[u8]) -> Result<Tree, KerfError> {
         let bad = |message: String| KerfError::Blob { file: file.into(), message };
         if blob.len() > MAX_BLOB {
-            return Err(bad(format!("{} bytes are too many; {MAX_BLOB} are the limit", blob.len())));
+            return Err(bad(format!("it has more than {MAX_BLOB} bytes, which no definition needs")));
         }
         // The blob may be followed by padding; its header says how long it is.
         let total = blob

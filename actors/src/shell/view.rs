@@ -30,6 +30,8 @@ pub(crate) fn state(phase: Phase, saved: Saved, health: &HealthState, started: b
     match phase {
         Phase::Stopped if started => InstanceState::Stopped,
         Phase::Stopped => InstanceState::Defined,
+        // It came up with something missing.
+        Phase::AwaitingService if matches!(health, HealthState::Suspect { .. }) => InstanceState::Suspect,
         Phase::Booting | Phase::AwaitingService if saved.first && saved.goal == Goal::Restart => {
             InstanceState::Starting
         }

@@ -12,7 +12,7 @@ use super::super::heartbeat::HeartbeatMsg;
 use super::super::transport::TransportMsg;
 use super::super::view;
 use super::{InstanceActorState, InstanceMsg, Timer, Wish};
-use crate::core::health::{self, Cause, Notice, State as HealthState};
+use crate::core::health::{self, Cause, Missing, Notice, State as HealthState};
 use crate::core::recovery::{self, Event, Found, Outcome, Phase, Recovery};
 use crate::core::supervisor::Event as SupervisorEvent;
 use crate::shell::children::Step;
@@ -178,6 +178,10 @@ impl InstanceActorState {
             Notice::Suspect(missing) => {
                 info!(instance = %name, ?missing, "suspected: probing");
                 self.first_notice.get_or_insert_with(Instant::now);
+                let coming_up = self.machine.as_ref().is_some_and(|m| m.phase() == Phase::AwaitingService);
+                if coming_up && missing == Missing::Pulse {
+                    self.no_pulse();
+                }
             }
             Notice::AgentSilent => {
                 warn!(instance = %name, "its user space does not answer while its kernel lives");
@@ -187,6 +191,21 @@ impl InstanceActorState {
             Notice::NoSubstrate => {
                 warn!(instance = %name, "its substrate was unloaded: it has no pulse any more")
             }
+        }
+    }
+
+    /// Its grace is over, its agent answers and its pulse never moved: it is not killed for that, but it is not
+    /// what was waited for either.
+    fn no_pulse(&mut self) {
+        let name = &self.args.instance.name;
+        warn!(instance = %name, "its agent answers, its kernel has no pulse");
+        let text = format!(
+            "instance {name}: its agent answers, but its kernel has no pulse (is kmorph.ko loaded in it?); it is left running"
+        );
+        let error = OpError::new(ErrorKind::Timeout, text);
+        for waiter in self.waiters.extract_if(.., |w| w.wish != Wish::Stop) {
+            // Who asked may have given up waiting.
+            let _ = waiter.reply.send(Err(error.clone()));
         }
     }
 

@@ -61,6 +61,7 @@ struct State {
     agent: HashMap<InstanceId, Agent>,
     /// State a kernel has from its first moment.
     born: HashMap<InstanceId, KernelState>,
+    no_pulse: Vec<InstanceId>,
 }
 
 pub struct Fake {
@@ -105,6 +106,10 @@ impl Fake {
 
     pub fn born(&self, id: u16, state: KernelState) {
         self.with(|s| s.born.insert(InstanceId(id), state));
+    }
+
+    pub fn born_without_pulse(&self, id: u16) {
+        self.with(|s| s.no_pulse.push(InstanceId(id)));
     }
 
     /// A new daemon: events can be taken again.
@@ -251,7 +256,7 @@ impl Platform for Fake {
             let kernel = Kernel {
                 incarnation: r.incarnation,
                 started: Instant::now(),
-                frozen: None,
+                frozen: s.no_pulse.contains(&id).then_some(0),
                 state: s.born.get(&id).cloned().unwrap_or(KernelState::Ready),
                 agent: watch::Sender::new(agent),
                 running: true,

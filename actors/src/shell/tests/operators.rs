@@ -147,6 +147,20 @@ async fn a_kernel_that_never_answers_is_fenced_and_taken_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_kernel_without_a_pulse_is_reported_and_not_killed() {
+    let w = world().await;
+    w.fake.born_without_pulse(1);
+    let error = w.tree.spawn(SpawnArgs { boot_timeout_s: Some(3.0), ..args("web") }).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Timeout);
+    assert!(error.message.contains("its kernel has no pulse"), "{error}");
+    w.pass(Duration::from_secs(60)).await;
+    let view = w.tree.status("web").await.unwrap();
+    assert_eq!((view.state, w.fake.running(1)), (InstanceState::Suspect, Some(1)));
+    w.fake.thaw(1);
+    w.shows("web", InstanceState::Healthy).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_kernel_that_panics_at_boot_ends_the_wait_at_once() {
     let w = world().await;
     w.fake.agent(1, Agent::Never);
