@@ -104,6 +104,17 @@ impl SharedIncident {
     }
 }
 
+/// The latest work that was carried out, by epoch and number: what is sent again after this actor was
+/// restarted is not done twice.
+#[derive(Clone, Default)]
+pub(crate) struct Progress(Arc<Mutex<(u64, u64)>>);
+
+impl Progress {
+    fn lock(&self) -> MutexGuard<'_, (u64, u64)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What it needs.
 #[derive(Clone)]
 pub(crate) struct EffectsArgs {
@@ -115,6 +126,7 @@ pub(crate) struct EffectsArgs {
     pub(crate) incident: SharedIncident,
     /// One effect of an instance at a time, whatever becomes of the actor that began it.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+    pub(crate) progress: Progress,
 }
 
 /// Milliseconds since the Unix epoch.
@@ -142,6 +154,9 @@ impl EffectsArgs {
     }
 
     async fn run(&self, mut run: Run) {
+        if *self.progress.lock() >= (run.epoch, run.op) {
+            return;
+        }
         for order in &run.orders {
             match order {
                 Order::Open { noticed } => {
@@ -158,9 +173,10 @@ impl EffectsArgs {
         }
         run.record.incident = self.incident.get().map_or(0, |i| i.number);
         self.store("save the instance", self.env.store.save_instance(&run.record)).await;
+        *self.progress.lock() = (run.epoch, run.op);
         self.owner.send(InstanceMsg::Ran { epoch: run.epoch, op: run.op });
         if let Some(effect) = run.effect {
-            self.begin(run.epoch, run.op, effect);
+            self.begin(run.epoch, effect);
         }
     }
 
@@ -201,7 +217,7 @@ impl EffectsArgs {
     }
 
     /// Start the effect in a task of its own and see to it that a result comes back.
-    fn begin(&self, epoch: u64, op: u64, effect: Effect) {
+    fn begin(&self, epoch: u64, effect: Effect) {
         let (args, owner) = (self.clone(), self.owner.clone());
         let lost = lost(&effect);
         let task = tokio::spawn(async move {
@@ -213,7 +229,7 @@ impl EffectsArgs {
                 Ok(done) => done,
                 Err(error) => lost(error.to_string()),
             };
-            owner.send(InstanceMsg::Done { epoch, op, done });
+            owner.send(InstanceMsg::Done { epoch, done });
         });
     }
 

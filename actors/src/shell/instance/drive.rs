@@ -38,11 +38,7 @@ impl InstanceActorState {
             InstanceMsg::Ran { epoch, op } if epoch == self.epoch => {
                 self.unacknowledged.retain(|r| r.op > op);
             }
-            // Only the effect that is waited for counts, and only once.
-            InstanceMsg::Done { epoch, op, done } if epoch == self.epoch && self.effect == Some(op) => {
-                self.effect = None;
-                self.done(done);
-            }
+            InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
             InstanceMsg::Timer { timer, round } => self.timer(timer, round),
             InstanceMsg::SetPolicy(policy) => self.set_policy(policy),
@@ -284,9 +280,6 @@ impl InstanceActorState {
         }
         let record = Box::new(record.clone());
         self.next_op += 1;
-        if effect.is_some() {
-            self.effect = Some(self.next_op);
-        }
         let run = Run { epoch: self.epoch, op: self.next_op, orders, record, effect };
         self.unacknowledged.push_back(run.clone());
         self.args.instance.recovery.send(EffectsMsg::Run(Box::new(run)));

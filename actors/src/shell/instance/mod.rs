@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::children::{ChildDef, Children, Started, Step};
-use super::effects::{self, Done, EffectsArgs, EffectsMsg, Run, SharedIncident};
+use super::effects::{self, Done, EffectsArgs, EffectsMsg, Progress, Run, SharedIncident};
 use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
 use super::link::Link;
 use super::transport::TransportMsg;
@@ -111,7 +111,6 @@ pub(crate) enum InstanceMsg {
     },
     Done {
         epoch: u64,
-        op: u64,
         done: Done,
     },
     Asked {
@@ -139,6 +138,7 @@ pub(crate) struct Instance {
     readings: SharedReadings,
     incident: SharedIncident,
     gate: Arc<tokio::sync::Mutex<()>>,
+    progress: Progress,
     epoch: AtomicU64,
 }
 
@@ -160,6 +160,7 @@ impl Instance {
             readings: SharedReadings::default(),
             incident,
             gate: Arc::default(),
+            progress: Progress::default(),
             epoch: AtomicU64::new(0),
         }
     }
@@ -199,8 +200,6 @@ pub(crate) struct InstanceActorState {
     /// Absent until the platform was asked what there is.
     machine: Option<Recovery>,
     next_op: u64,
-    /// The effect whose result is waited for.
-    effect: Option<u64>,
     /// Work the recovery actor has not acknowledged.
     unacknowledged: VecDeque<Run>,
     waiters: Vec<Waiter>,
@@ -270,6 +269,7 @@ impl Actor for InstanceActor {
                 owner: instance.link.clone(),
                 incident: instance.incident.clone(),
                 gate: instance.gate.clone(),
+                progress: instance.progress.clone(),
             }),
         ];
         let mut children = Children::new(myself.get_cell(), &instance.name, FLAGS, children)?;
@@ -287,7 +287,6 @@ impl Actor for InstanceActor {
             health: Health::new(policy, seed),
             machine: None,
             next_op: 0,
-            effect: None,
             unacknowledged: VecDeque::new(),
             waiters: Vec::new(),
             deferred: Vec::new(),

@@ -22,16 +22,53 @@ async fn a_heartbeat_actor_that_panics_goes_on_watching() {
     w.fake.called("fence 1 1").await;
 }
 
+/// Hold the recovery actor up in a save, so that what is sent meanwhile waits in its mailbox.
+async fn hold_up(w: &World) -> Arc<tokio::sync::Notify> {
+    let gate = Arc::new(tokio::sync::Notify::new());
+    *w.store.gate.lock().unwrap() = Some(gate.clone());
+    w.tree.set_policy("web", w.tree.policy_of("web").await.unwrap()).await.unwrap();
+    w.pass(10 * MS).await;
+    assert!(w.store.gate.lock().unwrap().is_none(), "the save is under way");
+    gate
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_recovery_actor_that_panics_loses_no_work() {
     let w = world().await;
     w.up("web").await;
-    // The panic is ahead of the recovery's orders in its mailbox.
+    let gate = hold_up(&w).await;
+    // The orders of the recovery wait behind the panic and are lost with the mailbox.
     assert!(w.tree.instance_for_test("web").recovery.send(EffectsMsg::Panic));
     w.fake.panic(1, "die").await;
+    w.pass(10 * MS).await;
+    assert_eq!(w.fake.count("fence"), 0);
+    gate.notify_one();
     w.store.phase("RECOVERY_COMPLETE").await;
     assert_eq!((w.fake.count("fence"), w.fake.count("boot")), (1, 2));
     w.shows("web", InstanceState::Healthy).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_actor_that_panics_does_no_work_twice() {
+    let w = world().await;
+    w.up("web").await;
+    let gate = hold_up(&w).await;
+    w.fake.panic(1, "die").await;
+    w.pass(10 * MS).await;
+    // The panic comes right behind the orders: their acknowledgement is still under way.
+    assert!(w.tree.instance_for_test("web").recovery.send(EffectsMsg::Panic));
+    gate.notify_one();
+    w.store.phase("RECOVERY_COMPLETE").await;
+    w.pass(Duration::from_secs(1)).await;
+    assert_eq!((w.fake.count("fence"), w.fake.count("reclaim"), w.fake.count("boot")), (1, 1, 2));
+    assert_eq!(w.store.phases().len(), 6, "{:?}", w.store.phases());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_panics_is_made_anew() {
+    let w = world().await;
+    w.fake.script("connect", &[Next::Panic, Next::Panic]);
+    w.up("web").await;
 }
 
 #[tokio::test(start_paused = true)]

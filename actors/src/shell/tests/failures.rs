@@ -95,12 +95,17 @@ async fn a_supervisor_that_was_paused_accuses_nobody() {
     w.up("web").await;
     w.up("db").await;
     for _ in 0..5 {
-        // The whole machine stood still: no kernel beat, no agent answered, no timer rang.
-        w.fake.freeze(1);
-        w.fake.freeze(2);
+        // The whole machine stood still: no kernel beat, no agent answered, no timer rang. The others come
+        // back a little later than the supervisor.
+        for id in [1, 2] {
+            w.fake.hang(id);
+        }
         tokio::time::advance(Duration::from_secs(30)).await;
-        w.fake.thaw(1);
-        w.fake.thaw(2);
+        w.pass(600 * MS).await;
+        for id in [1, 2] {
+            w.fake.thaw(id);
+            w.fake.agent(id, Agent::Answers);
+        }
         w.pass(Duration::from_secs(5)).await;
         for name in ["web", "db"] {
             assert_eq!(w.tree.status(name).await.unwrap().state, InstanceState::Healthy);

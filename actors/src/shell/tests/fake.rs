@@ -323,6 +323,9 @@ impl Platform for Fake {
     ) -> Result<Box<dyn Stream>, PlatformError> {
         assert_eq!(port, 9000);
         self.current(id, incarnation)?;
+        if let Some(Next::Panic) = self.with(|s| s.next.get_mut("connect").and_then(Vec::pop)) {
+            panic!("scripted panic in connect");
+        }
         let (agent, since) = self.kernel(id.0, |k| (k.agent.subscribe(), k.started.elapsed()));
         let now = *agent.borrow();
         let listens = match now {

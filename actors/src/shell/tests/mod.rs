@@ -56,6 +56,8 @@ struct TestStore {
     memory: MemoryStore,
     steps: watch::Sender<Vec<RecoveryStep>>,
     broken: std::sync::atomic::AtomicBool,
+    /// The next save waits for it.
+    gate: std::sync::Mutex<Option<Arc<tokio::sync::Notify>>>,
 }
 
 impl TestStore {
@@ -92,6 +94,10 @@ impl Store for TestStore {
     }
     async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
         self.check()?;
+        let gate = self.gate.lock().unwrap().take();
+        if let Some(gate) = gate {
+            gate.notified().await;
+        }
         self.memory.save_instance(record).await
     }
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
