@@ -147,6 +147,8 @@ pub struct Config {
     pub modules: Vec<PathBuf>,
     /// Bytes of each instance's vsock area.
     pub vsock_area: Size,
+    /// Bytes of pool for the channel between two instances; 0: they get none.
+    pub peer_area: Size,
     /// Where kerf keeps definitions.
     pub instances: PathBuf,
     /// Where the journal lies.
@@ -166,6 +168,7 @@ impl Default for Config {
             agent: "/usr/lib/kmorph/kmorph-agent".into(),
             modules: vec!["/lib/modules".into()],
             vsock_area: Size(8 << 20),
+            peer_area: Size(2 << 20),
             instances: libkerf::INSTANCES.into(),
             state: "/var/lib/kmorph".into(),
             metrics: Some(SocketAddr::from(([127, 0, 0, 1], 9464))),
@@ -227,6 +230,10 @@ impl Config {
         }
         if !(1 << 20..=1 << 30).contains(&self.vsock_area.0) || !self.vsock_area.0.is_multiple_of(4096) {
             return Err("vsock-area: give 1M to 1G, in whole pages".into());
+        }
+        let peer = self.peer_area.0;
+        if peer != 0 && (!(1 << 20..=1 << 30).contains(&peer) || !peer.is_multiple_of(4096)) {
+            return Err("peer-area: give 0, or 1M to 1G in whole pages".into());
         }
         if let Some(a) = self.metrics
             && !a.ip().is_loopback()

@@ -140,6 +140,7 @@ async fn platform(config: &Config) -> Result<Arc<dyn Platform>, OpError> {
         agent: config.agent.clone(),
         modules: config.modules.clone(),
         vsock_area: config.vsock_area.0,
+        peer_area: config.peer_area.0,
         ..PartitionConfig::default()
     };
     Ok(Arc::new(Partition::open(partition).await.map_err(|e| platform_error(&e))?))

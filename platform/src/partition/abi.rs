@@ -272,6 +272,12 @@ pub mod ctl {
     pub const VERSION: u32 = 1;
     /// Offset of the primary's part.
     pub const OFF_PRIMARY: usize = 0;
+    /// Offset of the first link.
+    pub const OFF_LINK: usize = 0x440;
+    /// Links of an instance.
+    pub const LINKS: usize = 16;
+    /// `enum kmorph_link_state`: the link is in use.
+    pub const LINK_LIVE: u32 = 1;
     /// Offset of the instance's part.
     pub const OFF_INSTANCE: usize = 0x1000;
     /// Offset of the pulse lines.
@@ -306,6 +312,19 @@ pub mod ctl {
         pub cpu_count: u32,
         pub door: u64,
         pub gone: u32,
+        pub reserved: u32,
+    }
+
+    /// `struct kmorph_ctl_link`.
+    #[repr(C)]
+    #[allow(missing_docs)]
+    pub struct Link {
+        pub base: u64,
+        pub size: u64,
+        pub peer_id: u32,
+        pub epoch: u32,
+        pub state: u32,
+        pub peer_apicids: [u32; 8],
         pub reserved: u32,
     }
 

@@ -128,6 +128,15 @@ fn assertions() -> String {
         online = "online",
         apicid = "apicid"
     );
+    compare!(
+        o,
+        "kmorph_ctl_link",
+        ctl::Link,
+        base = "base",
+        size = "size",
+        peer_id = "peer_id",
+        state = "state"
+    );
     let numbers: &[(&str, u64)] = &[
         ("KMORPH_ABI_VERSION", ABI_VERSION.into()),
         ("KMORPH_MAX_CPUS", MAX_CPUS as u64),
@@ -138,6 +147,9 @@ fn assertions() -> String {
         ("KMORPH_CTL_OFF_PRIMARY", ctl::OFF_PRIMARY as u64),
         ("KMORPH_CTL_OFF_INSTANCE", ctl::OFF_INSTANCE as u64),
         ("KMORPH_CTL_OFF_PULSE", ctl::OFF_PULSE as u64),
+        ("KMORPH_CTL_OFF_LINKS + offsetof(struct kmorph_ctl_links, link)", ctl::OFF_LINK as u64),
+        ("KMORPH_CTL_LINKS", ctl::LINKS as u64),
+        ("KMORPH_LINK_LIVE", ctl::LINK_LIVE.into()),
         ("KMORPH_CTL_READY", ctl::READY.into()),
         ("KMORPH_CTL_PANIC", ctl::PANIC.into()),
         ("KMORPH_CTL_PARKED", ctl::PARKED.into()),

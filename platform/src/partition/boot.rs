@@ -12,7 +12,7 @@ use super::bootparams::{CmdlineParts, cmdline, zero_page};
 use super::bzimage::{BzImage, ENTRY_64, parse};
 use super::initramfs::{AGENT, Sources, combined, own_archive};
 use super::layout::{ACPI, CMDLINE, Layout, minimum};
-use super::{Inner, Live, acpi, alloc, view};
+use super::{Inner, Live, acpi, alloc, links, view};
 use crate::{
     BootRequest, Booted, CpuState, FenceReport, InstanceId, MemoryRange, PlatformError, ReclaimReport,
 };
@@ -200,7 +200,7 @@ fn boot_with_cpus(
         .create(&mut c)
         .map_err(|e| PlatformError::os(format!("claim resources for instance {id}"), e))?;
     let started = load(inner, r, p, layout, MemoryRange { base: c.low_base, size: c.low_size })
-        .and_then(|()| link(inner, id, layout))
+        .and_then(|()| links::with_primary(inner, id, layout.vsock))
         .and_then(|()| {
             let control = Arc::new(inner.device.map(layout.control(), ctl::SIZE)?);
             let live = Live {
@@ -211,6 +211,7 @@ fn boot_with_cpus(
                 log: None,
             };
             inner.state().live.insert(id, live);
+            links::with_peers(inner, id);
             start(inner, id, layout)
         });
     if let Err(error) = started {
@@ -307,16 +308,6 @@ fn load(
     write(inner, at, &acpi::build(at, &r.spec.cpus)?)
 }
 
-fn link(inner: &Inner, id: InstanceId, layout: &Layout) -> Result<(), PlatformError> {
-    let mut l: abi::LinkReq = request();
-    l.id_b = u32::from(id.0);
-    l.base = layout.vsock.base;
-    l.size = layout.vsock.size;
-    inner.device.link_add(&mut l).map_err(|e| {
-        PlatformError::os(format!("set up the vsock link to instance {id} (is kerf-vsock loaded?)"), e)
-    })
-}
-
 fn start(inner: &Inner, id: InstanceId, layout: &Layout) -> Result<(), PlatformError> {
     let mut s: abi::Start = request();
     s.id = u32::from(id.0);
@@ -332,10 +323,15 @@ fn start(inner: &Inner, id: InstanceId, layout: &Layout) -> Result<(), PlatformE
 fn destroy(inner: &Inner, id: InstanceId) -> Result<(), PlatformError> {
     let mut d: abi::Ref = request();
     d.id = u32::from(id.0);
-    inner
-        .device
-        .destroy(&mut d)
-        .map_err(|e| PlatformError::os(format!("give up the resources of instance {id}"), e))
+    inner.device.destroy(&mut d).map_err(|e| match e {
+        Errno::EBUSY => {
+            PlatformError::Busy(format!("a socket of instance {id} is still being copied from or to"))
+        }
+        e => PlatformError::os(format!("give up the resources of instance {id}"), e),
+    })?;
+    // The module ends the links of an instance with it.
+    inner.state().peers.retain(|(a, b), _| *a != id && *b != id);
+    Ok(())
 }
 
 /// Stop every CPU and report which were seen stopped.

@@ -13,6 +13,7 @@ mod events;
 mod initramfs;
 mod klog;
 mod layout;
+mod links;
 mod pool;
 mod sys;
 mod view;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nix::errno::Errno;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use self::abi::request;
@@ -34,6 +36,9 @@ use crate::{
     MemoryRange, Platform, PlatformError, PlatformEvent, PlatformKind, PulseSample, ReclaimReport, Stream,
 };
 
+/// How long taking back memory waits for the sockets of a dead instance, and how often it looks.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+const SETTLE_PAUSE: Duration = Duration::from_millis(20);
 /// The kernel's list of memory blocks.
 pub(crate) const MEMORY_BLOCKS: &str = "/sys/devices/system/memory";
 
@@ -61,6 +66,8 @@ pub struct PartitionConfig {
     pub modules: Vec<PathBuf>,
     /// Bytes of each instance's vsock area.
     pub vsock_area: u64,
+    /// Bytes of pool for the channel between two instances; 0: they get none.
+    pub peer_area: u64,
     /// Longest wait for a connection to an instance.
     pub connect_timeout: Duration,
 }
@@ -73,6 +80,7 @@ impl Default for PartitionConfig {
             agent: "/usr/lib/kmorph/kmorph-agent".into(),
             modules: vec!["/lib/modules".into()],
             vsock_area: 8 << 20,
+            peer_area: 2 << 20,
             connect_timeout: Duration::from_secs(2),
         }
     }
@@ -93,6 +101,8 @@ struct State {
     live: HashMap<InstanceId, Live>,
     /// Regions and CPUs of boots under way: claimed here before the module knows of them.
     claims: Vec<(InstanceId, MemoryRange, Vec<u32>)>,
+    /// Pool memory of the channels between two instances, lower id first.
+    peers: HashMap<(InstanceId, InstanceId), MemoryRange>,
     /// Log of the last life, kept when its memory went back to the pool.
     last_log: HashMap<InstanceId, ConsoleLog>,
     /// Memory blocks this daemon took offline.
@@ -224,8 +234,15 @@ impl Platform for Partition {
         release_cpus: bool,
     ) -> Result<ReclaimReport, PlatformError> {
         self.current(id, incarnation)?;
-        let inner = self.inner.clone();
-        blocking(move || boot::reclaim(&inner, id, release_cpus)).await
+        // A socket of the dead instance may be in the middle of a copy for a moment.
+        let until = Instant::now() + SETTLE_LIMIT;
+        loop {
+            let inner = self.inner.clone();
+            match blocking(move || boot::reclaim(&inner, id, release_cpus)).await {
+                Err(PlatformError::Busy(_)) if Instant::now() < until => sleep(SETTLE_PAUSE).await,
+                done => return done,
+            }
+        }
     }
 
     async fn connect(

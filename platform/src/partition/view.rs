@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::abi::{self, ctl, request};
 use super::sys::Mapping;
-use super::{Inner, Live, cpu_info, klog};
+use super::{Inner, Live, cpu_info, klog, links};
 use crate::{
     ConsoleLog, CpuInfo, CpuPulse, ExistingInstance, InstanceId, Inventory, KernelState, MemoryRange,
     PlatformError, PulseSample,
@@ -46,12 +46,14 @@ fn cpu_ids(i: &abi::Instance) -> Vec<u32> {
 }
 
 pub(super) fn inventory(inner: &Inner) -> Result<Inventory, PlatformError> {
-    let used = instances(inner)?
+    let mut used: Vec<(MemoryRange, InstanceId)> = instances(inner)?
         .iter()
         .filter_map(|i| {
-            Some((MemoryRange { base: i.base, size: i.size }, InstanceId(u16::try_from(i.id).ok()?)))
+            let id = InstanceId(u16::try_from(i.id).ok()?);
+            Some((MemoryRange { base: i.base, size: i.size }, id))
         })
         .collect();
+    used.extend(inner.state().peers.iter().map(|((a, _), area)| (*area, *a)));
     Ok(Inventory {
         cpus: cpus(inner)?,
         pool: pool(inner)?.iter().map(|p| MemoryRange { base: p.base, size: p.size }).collect(),
@@ -87,6 +89,8 @@ pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
                 i.control
             )));
         }
+        let id = InstanceId(id);
+        let links = links::of(&control);
         let live = Live {
             incarnation: i.incarnation,
             region: MemoryRange { base: i.base, size: i.size },
@@ -94,7 +98,9 @@ pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
             control: Arc::new(control),
             log: None,
         };
-        inner.state().live.insert(InstanceId(id), live);
+        let mut state = inner.state();
+        state.peers.extend(links.into_iter().map(|(peer, area)| ((id.min(peer), id.max(peer)), area)));
+        state.live.insert(id, live);
     }
     Ok(())
 }

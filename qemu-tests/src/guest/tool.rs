@@ -17,6 +17,8 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use super::pingpong;
 use crate::{Context, Result};
 
+/// Where vsock_check serves.
+pub const CHECK_PORT: u32 = 7002;
 /// Where it listens.
 pub const PORT: u32 = 7000;
 const CHUNK: usize = 64 << 10;
@@ -113,6 +115,14 @@ async fn one(stream: VsockStream) -> Result<()> {
                 stream.write_all(&buf[..1]).await.context("acknowledge")?;
             }
             Ok(())
+        }
+        // Check, from here, what stream sockets to another kernel promise.
+        ["vsock-check", cid] => {
+            let port = CHECK_PORT.to_string();
+            let run = tokio::process::Command::new("/vsock_check").args(["run", cid, &port]).output();
+            let out = run.await.context("vsock_check")?;
+            let text = String::from_utf8_lossy(&out.stdout).lines().collect::<Vec<_>>().join("; ");
+            answer(&mut stream, &format!("{} {text}", out.status.code().unwrap_or(-1))).await
         }
         // Be a client of another kernel's workload.
         ["send", cid, bytes] => {

@@ -79,6 +79,22 @@ impl Cache {
         }
     }
 
+    /// The checker of what stream sockets promise, a static C program.
+    pub fn vsock_check(&self) -> Result<PathBuf> {
+        let out = self.work("vsock_check");
+        let sources = ["vsock_check.c", "vsock_peer.c"].map(|f| self.source("kmod/test").join(f));
+        let made = Command::new("gcc")
+            .args(["-O2", "-Wall", "-Werror", "-static", "-pthread", "-o"])
+            .arg(&out)
+            .args(&sources)
+            .output()
+            .context("gcc")?;
+        if !made.status.success() {
+            return Err(format!("building vsock_check: {}", String::from_utf8_lossy(&made.stderr)));
+        }
+        Ok(out)
+    }
+
     /// The module that hangs a kernel, built when its source is newer.
     pub fn hang_module(&self, release: &str) -> Result<PathBuf> {
         let dir = self.work(&format!("hang-{release}"));

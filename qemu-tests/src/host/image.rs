@@ -78,9 +78,10 @@ impl Image {
 
     fn busybox(&mut self) -> Result<()> {
         self.file("bin/busybox", 0o755, Path::new("/bin/busybox"))?;
-        for applet in
-            ["sh", "mount", "insmod", "sleep", "cat", "ls", "echo", "poweroff", "grep", "seq", "dmesg"]
-        {
+        for applet in [
+            "sh", "mount", "insmod", "sleep", "cat", "ls", "echo", "poweroff", "grep", "seq", "dmesg",
+            "rmmod",
+        ] {
             self.link(&format!("bin/{applet}"), "busybox")?;
         }
         Ok(())
@@ -127,6 +128,7 @@ fn workload(cache: &Cache, releases: &[String]) -> Result<Vec<u8>> {
     let mut i = Image::new()?;
     i.busybox()?;
     i.file("kmorph-qemu", 0o755, &cache.binary("kmorph-qemu")?)?;
+    i.file("vsock_check", 0o755, &cache.vsock_check()?)?;
     for release in releases {
         i.file(&format!("hang/{release}.ko"), 0o600, &cache.hang_module(release)?)?;
     }
@@ -161,6 +163,7 @@ pub fn primary(cache: &Cache, series: &str) -> Result<PathBuf> {
     ] {
         i.file(path, 0o755, &cache.binary(name)?)?;
     }
+    i.file("usr/bin/vsock_check", 0o755, &cache.vsock_check()?)?;
     i.program("usr/bin/dtc", Path::new("/usr/bin/dtc"))?;
     for (series, release) in ["6.1", "6.12"].iter().zip(&releases) {
         let dir = format!("lib/modules/{release}");

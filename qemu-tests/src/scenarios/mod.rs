@@ -8,6 +8,7 @@ mod high_memory;
 mod offlined;
 mod rounds;
 mod soak;
+mod sockets;
 mod story;
 mod substrate;
 mod swapped;
@@ -21,7 +22,7 @@ use crate::guest::Guest;
 use crate::host::MachineSpec;
 
 /// Configuration for scenarios that fail one instance more often than an operator would stand.
-const OFTEN: &str = "recovery:\n  restart-intensity: 1000\n  restart-delay: 1ms\n";
+const OFTEN: &str = "recovery:\n  restart-intensity: 1000\n  restart-period: 1s\n  restart-delay: 1ms\n";
 
 /// A story told on one machine.
 pub struct Scenario {
@@ -51,6 +52,7 @@ pub const ALL: &[&Scenario] = &[
     &boot_failures::SCENARIO,
     &bad_input::SCENARIO,
     &rounds::SCENARIO,
+    &sockets::SCENARIO,
     &soak::SCENARIO,
     &documentation::SCENARIO,
     &bench::SCENARIO,

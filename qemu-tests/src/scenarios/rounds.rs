@@ -30,6 +30,22 @@ fn transport_users() -> Result<String> {
     Ok(line.split_whitespace().nth(2).unwrap_or_default().to_string())
 }
 
+/// Descriptors and sockets of the daemon and free bytes of the pool: as after the first round, or as
+/// they still are after a while. What closes when the answer is there may close a moment later.
+fn settled(g: &Guest, pid: u32, first: Option<&Kept>) -> Result<Kept> {
+    let until = std::time::SystemTime::now() + Duration::from_secs(5);
+    loop {
+        let now = (descriptors(pid)?, g.daemon()?.pool_free_bytes, transport_users()?);
+        if first.is_none_or(|f| *f == now) || std::time::SystemTime::now() > until {
+            return Ok(now);
+        }
+        g.wait(tokio::time::sleep(Duration::from_millis(100)));
+    }
+}
+
+/// What one round must not change.
+type Kept = (usize, u64, String);
+
 fn guest(g: &Guest) -> Result<()> {
     g.define("phoenix", 1, &[2], 128)?;
     g.define("witness", 2, &[3], 128)?;
@@ -39,7 +55,7 @@ fn guest(g: &Guest) -> Result<()> {
     g.ctl(&["spawn", "phoenix", "--kernel=/boot/vmlinuz-6.1", &initramfs, "--heartbeat-timeout=1"])?;
     g.ctl(&["spawn", "witness", "--kernel=/boot/vmlinuz-6.12", &initramfs])?;
     let daemon = g.daemon()?;
-    let mut first = None;
+    let mut first: Option<Kept> = None;
     for round in 1..=ROUNDS {
         // Every fifth round it hangs instead.
         let how = if round % 5 == 0 { "hang" } else { "crash" };
@@ -47,7 +63,7 @@ fn guest(g: &Guest) -> Result<()> {
         let steps = g.recovered("phoenix", round, Duration::from_secs(60))?;
         let last = steps.last().ok_or("no steps")?;
         g.tool(3, "release")?;
-        let now = (descriptors(daemon.pid)?, g.daemon()?.pool_free_bytes, transport_users()?);
+        let now = settled(g, daemon.pid, first.as_ref())?;
         g.say(&format!(
             "round {round:2}: {how}, serving again after {:.0} ms; descriptors {}, sockets {}",
             last.offset_us as f64 / 1e3,

@@ -28,18 +28,21 @@ const A: u32 = 3;
 const ROUNDS: usize = 3;
 
 fn guest(g: &Guest) -> Result<()> {
-    let platform = g.wait(boot())?;
+    let platform = g.wait(boot("6.12"))?;
     let kept = transport(g)?;
-    g.wait(async {
-        platform.fence(InstanceId(1), 1).await.context("fence")?;
-        platform.reclaim(InstanceId(1), 1, true).await.context("reclaim")?;
-        platform.release_all().await.context("release")
-    })?;
+    g.wait(end(&platform))?;
     g.check(kept, || "a promise of SPECIFICATION.md was not kept".into())
 }
 
+/// Stop the instance and give everything back.
+pub(super) async fn end(platform: &Partition) -> Result<()> {
+    platform.fence(InstanceId(1), 1).await.context("fence")?;
+    platform.reclaim(InstanceId(1), 1, true).await.context("reclaim")?;
+    platform.release_all().await.context("release")
+}
+
 /// An instance without a daemon: nothing else runs while the transport is measured.
-async fn boot() -> Result<Partition> {
+pub(super) async fn boot(series: &str) -> Result<Partition> {
     let p = Partition::open(PartitionConfig::default()).await.context("open the platform")?;
     let request = BootRequest {
         spec: InstanceSpec {
@@ -50,7 +53,7 @@ async fn boot() -> Result<Partition> {
             memory_base: None,
         },
         incarnation: 1,
-        kernel: PathBuf::from("/boot/vmlinuz-6.12"),
+        kernel: PathBuf::from(format!("/boot/vmlinuz-{series}")),
         initramfs: Some(WORKLOAD.into()),
         cmdline: String::new(),
         pulse_period: Duration::from_millis(10),
