@@ -168,12 +168,15 @@ impl Fake {
 
     /// Wait until this call was made; when it was.
     pub async fn called(&self, call: &str) -> Instant {
+        let limit = Instant::now() + super::PATIENCE;
         loop {
             let changed = self.changed.notified();
             if let Some(at) = self.with(|s| s.log.iter().find(|(_, l)| l == call).map(|(at, _)| *at)) {
                 return at;
             }
-            changed.await;
+            if tokio::time::timeout_at(limit, changed).await.is_err() {
+                panic!("{call} is never called: {:?}", self.log());
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 mod actors;
 mod failures;
 mod fake;
+mod figures;
 mod operators;
 mod restart;
 
@@ -23,6 +24,8 @@ use crate::{Service, Tree};
 use fake::{Agent, Fake, Next};
 
 const MS: Duration = Duration::from_millis(1);
+/// Longest wait for anything, in paused time.
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// web is instance 1, db is 2, more are "i3", "i4", ...
 struct Defs;
@@ -72,8 +75,11 @@ impl TestStore {
     /// Wait for a step in this phase.
     async fn phase(&self, phase: &str) -> RecoveryStep {
         let mut steps = self.steps.subscribe();
-        let steps = steps.wait_for(|s| s.iter().any(|s| s.phase == phase)).await.unwrap();
-        steps.iter().find(|s| s.phase == phase).cloned().unwrap()
+        let there = steps.wait_for(|s| s.iter().any(|s| s.phase == phase));
+        match tokio::time::timeout(PATIENCE, there).await {
+            Ok(steps) => steps.unwrap().iter().find(|s| s.phase == phase).cloned().unwrap(),
+            Err(_) => panic!("there is no step {phase}: {:?}", self.phases()),
+        }
     }
 
     fn phases(&self) -> Vec<String> {
