@@ -131,6 +131,8 @@ pub struct HeartbeatView {
     pub interval_ms: u64,
     /// Timeout, milliseconds.
     pub timeout_ms: u64,
+    /// Longest a hang can go undeclared by this instance's policy, milliseconds.
+    pub hang_bound_ms: u64,
     /// Milliseconds since the pulse last moved.
     pub pulse_age_ms: Option<u64>,
     /// Beats of the slowest CPU of the instance.

@@ -205,6 +205,7 @@ pub fn heartbeat(h: &HeartbeatView) -> String {
             ),
         ),
         ("Interval, timeout:", format!("{}, {}", ms(Some(h.interval_ms)), ms(Some(h.timeout_ms)))),
+        ("A hang is declared within:", ms(Some(h.hang_bound_ms))),
         (
             "Pulse:",
             match (h.pulse_count, h.pulse_age_ms) {

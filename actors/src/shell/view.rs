@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::effects::Incident;
 use super::heartbeat::Readings;
 use crate::core::health::{Missing, State as HealthState};
-use crate::core::policy::Policy;
+use crate::core::policy::{Policy, hang_bound};
 use crate::core::recovery::{Goal, Phase, Saved};
 use crate::store::InstanceRecord;
 
@@ -129,6 +129,7 @@ pub(crate) fn heartbeat(name: &str, policy: &Policy, readings: &Readings) -> Hea
         last_ms: ms(readings.answered),
         interval_ms: millis(policy.heartbeat_interval()),
         timeout_ms: millis(policy.heartbeat_timeout),
+        hang_bound_ms: millis(hang_bound(policy)),
         pulse_age_ms: ms(readings.pulse_moved),
         pulse_count: readings.pulse_count,
     }
