@@ -5,6 +5,7 @@
 /bin/mount -t devtmpfs dev /dev
 /bin/mount -t tmpfs tmpfs /run
 /bin/mount -t debugfs debugfs /sys/kernel/debug
+/bin/busybox ifconfig lo up
 export PATH=/bin:/usr/bin:/usr/sbin
 exec </dev/console >/dev/console 2>&1
 modules=/lib/modules/$(/bin/busybox uname -r)

@@ -6,6 +6,7 @@ mod boot_failures;
 mod documentation;
 mod high_memory;
 mod offlined;
+mod readopt;
 mod rounds;
 mod soak;
 mod sockets;
@@ -51,6 +52,7 @@ pub const ALL: &[&Scenario] = &[
     &offlined::SCENARIO,
     &boot_failures::SCENARIO,
     &bad_input::SCENARIO,
+    &readopt::SCENARIO,
     &rounds::SCENARIO,
     &sockets::SCENARIO,
     &soak::SCENARIO,

@@ -63,6 +63,8 @@ fn tell(g: &Guest) -> Result<()> {
     report(g, &steps);
     undisturbed(g, "web-server", &web)?;
 
+    metrics(g)?;
+
     g.chapter("What happened, step by step");
     let log = g.ctl(&["recovery-log"])?;
     for phase in ["DETECTING_FAILURE", "PREPARING_RECOVERY", "RECLAIMING_RESOURCES", "RECOVERY_COMPLETE"] {
@@ -122,4 +124,20 @@ fn kernel_log(g: &Guest, name: &str) -> Result<()> {
     g.check(out.out.contains("Linux version"), || {
         format!("the console of {name} shows no kernel log: {}{}", out.out, out.err)
     })
+}
+
+/// What Prometheus would read.
+fn metrics(g: &Guest) -> Result<()> {
+    let out = g.command("/bin/busybox", &["wget", "-q", "-O", "-", "http://127.0.0.1:9464/metrics"])?;
+    let wanted = [
+        "kmorph_heartbeat_rtt_seconds_bucket{instance=\"database\"",
+        "kmorph_pulse_age_seconds{instance=\"web-server\"}",
+        "kmorph_recoveries_total{instance=\"web-server\",result=\"recovered\"} 1",
+        "kmorph_instance_state{instance=\"database\",state=\"RUNNING\"} 1",
+        "kmorph_loop_lag_seconds",
+    ];
+    match wanted.iter().find(|w| !out.out.contains(**w)) {
+        None => Ok(()),
+        Some(missing) => Err(format!("{missing} is not among the metrics: {}{}", out.out, out.err)),
+    }
 }
