@@ -18,7 +18,7 @@ generated:
 	cargo run --locked -q -p kmorphctl -- generate man build/man
 	cargo run --locked -q -p kmorphctl -- generate completions build/completions
 
-.PHONY: all generated demo test bench scenarios unit lint setup kernels modules binaries clean
+.PHONY: all deny generated demo test bench scenarios unit lint setup kernels modules binaries clean
 
 
 demo: modules binaries
@@ -40,6 +40,11 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	scripts/checks.sh
+
+# Licences and sources of what is depended on; installs the tool when it is missing (some minutes).
+deny:
+	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny --locked check bans licenses sources
 
 setup:
 	@scripts/setup.sh

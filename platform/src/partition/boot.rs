@@ -218,8 +218,8 @@ fn boot_with_cpus(
         // A CPU that answered the start may run: stop it and see it stopped before anything is freed.
         let stopped = fence(inner, id).is_ok_and(|f| f.complete);
         if stopped {
-            inner.state().live.remove(&id);
             destroy(inner, id)?;
+            inner.state().live.remove(&id);
             return Err(error);
         }
         return Err(PlatformError::os(

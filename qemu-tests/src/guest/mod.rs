@@ -41,10 +41,24 @@ pub fn run(name: &str) -> Result<()> {
                     println!("kmorphd: {line}");
                 }
             }
+            consoles();
             println!("{RESULT}{}", e.replace('\n', " / "));
         }
     }
     Ok(())
+}
+
+/// The end of every instance's kernel log, for who reads the console of a failed run.
+fn consoles() {
+    let Ok(dir) = std::fs::read_dir("/var/lib/kerf/instances") else { return };
+    for name in dir.filter_map(|e| Some(e.ok()?.path().file_stem()?.to_string_lossy().into_owned())) {
+        let Ok(out) = Command::new("kmorphctl").args(["console", &name]).output() else { continue };
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let lines: Vec<&str> = text.lines().collect();
+        for line in &lines[lines.len().saturating_sub(40)..] {
+            println!("{name}: {line}");
+        }
+    }
 }
 
 /// What a command did.
