@@ -41,8 +41,8 @@ pub fn run(name: &str) -> Result<()> {
                     println!("kmorphd: {line}");
                 }
             }
-            consoles();
             println!("{RESULT}{}", e.replace('\n', " / "));
+            consoles();
         }
     }
     Ok(())
