@@ -35,6 +35,8 @@ use crate::store::SqliteStore;
 
 /// How long the control server may take to stop.
 const CONTROL_LIMIT: Duration = Duration::from_secs(2);
+/// Why the daemon ends when its actors failed too often: an error, so that a service manager starts it again.
+const GAVE_UP: &str = "the supervision tree gave up";
 const LOCK: &str = "/run/kmorph/kmorphd.lock";
 
 /// The supervisor of a multikernel machine: starts kernels on CPUs and memory of their own, watches and heals them.
@@ -100,7 +102,7 @@ async fn run(args: &Args) -> Result<(), OpError> {
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let why = tokio::select! {
-        () = service.tree.closed() => "the supervision tree gave up",
+        () = service.tree.closed() => GAVE_UP,
         _ = stopped.wait_for(|s| *s) => "asked by a client",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
@@ -114,6 +116,9 @@ async fn run(args: &Args) -> Result<(), OpError> {
         platform.release_all().await.map_err(|e| platform_error(&e))?;
     }
     server.unlink();
+    if why == GAVE_UP {
+        return Err(internal(format!("{GAVE_UP}; its kernels run on, and a new daemon takes them over")));
+    }
     Ok(())
 }
 
