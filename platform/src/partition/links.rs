@@ -1,9 +1,6 @@
 //! Channels: between the primary and each instance, and between any two instances.
 
-use std::mem::offset_of;
-
-use super::abi::{self, ctl, request};
-use super::sys::Mapping;
+use super::abi::{self, request};
 use super::{Inner, alloc, view};
 use crate::{InstanceId, MemoryRange, PlatformError};
 
@@ -54,18 +51,4 @@ fn with_peer(inner: &Inner, a: InstanceId, b: InstanceId) -> Result<(), Platform
         inner.state().peers.remove(&(a, b));
         PlatformError::os(format!("set up the link {a}-{b} at {:#x}", area.base), e)
     })
-}
-
-/// Links to other instances that an instance found running has.
-pub(super) fn of(control: &Mapping) -> Vec<(InstanceId, MemoryRange)> {
-    (0..ctl::LINKS)
-        .filter_map(|n| {
-            let at = ctl::OFF_LINK + n * size_of::<ctl::Link>();
-            let state = control.load_u32(at + offset_of!(ctl::Link, state))?;
-            let peer = u16::try_from(control.load_u32(at + offset_of!(ctl::Link, peer_id))?).ok()?;
-            let base = control.load_u64(at + offset_of!(ctl::Link, base))?;
-            let size = control.load_u64(at + offset_of!(ctl::Link, size))?;
-            (state == ctl::LINK_LIVE && peer != 0).then_some((InstanceId(peer), MemoryRange { base, size }))
-        })
-        .collect()
 }

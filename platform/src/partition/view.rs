@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::abi::{self, ctl, request};
 use super::sys::Mapping;
-use super::{Inner, Live, cpu_info, klog, links};
+use super::{Inner, Live, cpu_info, klog};
 use crate::{
     ConsoleLog, CpuInfo, CpuPulse, ExistingInstance, InstanceId, Inventory, KernelState, MemoryRange,
     PlatformError, PulseSample,
@@ -90,7 +90,7 @@ pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
             )));
         }
         let id = InstanceId(id);
-        let links = links::of(&control);
+        let links = peer_links(&control);
         let live = Live {
             incarnation: i.incarnation,
             region: MemoryRange { base: i.base, size: i.size },
@@ -103,6 +103,20 @@ pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
         state.live.insert(id, live);
     }
     Ok(())
+}
+
+/// Links to other instances that an instance found running has.
+fn peer_links(control: &Mapping) -> Vec<(InstanceId, MemoryRange)> {
+    (0..ctl::LINKS)
+        .filter_map(|n| {
+            let at = ctl::OFF_LINK + n * size_of::<ctl::Link>();
+            let state = control.load_u32(at + offset_of!(ctl::Link, state))?;
+            let peer = u16::try_from(control.load_u32(at + offset_of!(ctl::Link, peer_id))?).ok()?;
+            let base = control.load_u64(at + offset_of!(ctl::Link, base))?;
+            let size = control.load_u64(at + offset_of!(ctl::Link, size))?;
+            (state == ctl::LINK_LIVE && peer != 0).then_some((InstanceId(peer), MemoryRange { base, size }))
+        })
+        .collect()
 }
 
 /// Read the control area. Every word is taken once; whatever makes no sense counts as absent.
