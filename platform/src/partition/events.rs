@@ -20,7 +20,11 @@ pub(super) fn start(inner: Arc<Inner>) -> Result<mpsc::Receiver<PlatformEvent>, 
         let mut lost = 0;
         let mut buf = [Device::blank_event(); 16];
         loop {
-            let mut guard = match device.readable().await {
+            let ready = tokio::select! {
+                ready = device.readable() => ready,
+                () = send.closed() => return, // nobody listens any more: let go of the device
+            };
+            let mut guard = match ready {
                 Ok(guard) => guard,
                 Err(error) => return tracing::error!(%error, "no more events from kmorph.ko"),
             };

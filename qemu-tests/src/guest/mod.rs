@@ -89,6 +89,11 @@ impl Guest {
         self.rt.block_on(f)
     }
 
+    /// Between two looks at something that gives no event.
+    pub fn pause(&self, time: Duration) {
+        self.wait(async { tokio::time::sleep(time).await });
+    }
+
     /// A line of the story, with the time since it began.
     pub fn say(&self, text: &str) {
         for line in text.lines() {

@@ -42,7 +42,7 @@ fn guest(g: &Guest) -> Result<()> {
     let until = std::time::SystemTime::now() + Duration::from_secs(10);
     while std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists() && std::time::SystemTime::now() < until
     {
-        g.wait(tokio::time::sleep(Duration::from_millis(20)));
+        g.pause(Duration::from_millis(20));
     }
     g.ctl(&["daemon", "start"])?;
     undisturbed(g)?;
@@ -64,7 +64,7 @@ fn undisturbed(g: &Guest) -> Result<()> {
         // The first answer to a ping says that the new daemon is connected.
         let until = std::time::SystemTime::now() + Duration::from_secs(10);
         while g.status(name)?.last_heartbeat_ms.is_none() && std::time::SystemTime::now() < until {
-            g.wait(tokio::time::sleep(Duration::from_millis(50)));
+            g.pause(Duration::from_millis(50));
         }
         let v = g.healthy(name)?;
         g.check(v.incarnation == 1 && v.recoveries == 0, || format!("{name} was disturbed: {v:?}"))?;

@@ -39,7 +39,7 @@ fn settled(g: &Guest, pid: u32, first: Option<&Kept>) -> Result<Kept> {
         if first.is_none_or(|f| *f == now) || std::time::SystemTime::now() > until {
             return Ok(now);
         }
-        g.wait(tokio::time::sleep(Duration::from_millis(100)));
+        g.pause(Duration::from_millis(100));
     }
 }
 
