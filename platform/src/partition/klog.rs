@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+use memchr::memmem;
+
 use crate::{ConsoleLog, ConsoleRecord};
 
 /// Physical memory of one instance.
@@ -231,6 +233,62 @@ pub fn read(memory: &dyn PhysMemory, info: &VmcoreInfo, from_seq: u64) -> Consol
         }
     }
     log
+}
+
+/// Bytes of log text looked at when only text is left to go by.
+const RAW_SPAN: u64 = 256 << 10;
+/// Shorter runs of printable characters are chance.
+const RAW_LINE: usize = 6;
+
+/// The log of a kernel that died before it described its ring buffer: the text itself, found by the
+/// first two lines every kernel logs. Without times, levels and order beyond what lies in memory.
+pub fn raw(memory: &dyn PhysMemory) -> Vec<ConsoleRecord> {
+    let Some(start) = find_raw(memory) else { return Vec::new() };
+    let len = RAW_SPAN.min(memory.range().end().saturating_sub(start));
+    let mut bytes = vec![0u8; usize::try_from(len).unwrap_or(0)];
+    if memory.read(start, &mut bytes).is_none() {
+        return Vec::new();
+    }
+    let printable = |b: &u8| matches!(b, b' '..=b'~' | b'\t');
+    bytes
+        .split(|b| !printable(b))
+        .filter(|run| run.len() >= RAW_LINE)
+        .zip(0..)
+        .map(|(run, seq)| ConsoleRecord {
+            seq,
+            ts_ns: 0,
+            level: 6,
+            text: String::from_utf8_lossy(run).into_owned(),
+        })
+        .collect()
+}
+
+/// Where "Linux version ..." is followed by "Command line: ...": the log buffer, not the banner in the
+/// kernel's read-only data.
+fn find_raw(memory: &dyn PhysMemory) -> Option<u64> {
+    const FIRST: &[u8] = b"Linux version ";
+    const SECOND: &[u8] = b"Command line: ";
+    const NEAR: usize = 1024;
+    const CHUNK: usize = 1 << 20;
+    let range = memory.range();
+    let mut at = range.base;
+    let mut chunk = vec![0u8; CHUNK];
+    while at < range.end() {
+        let len = CHUNK.min(usize::try_from(range.end() - at).ok()?);
+        memory.read(at, &mut chunk[..len])?;
+        let seen = &chunk[..len];
+        for n in memmem::find_iter(seen, FIRST) {
+            if memmem::find(&seen[n..seen.len().min(n + NEAR)], SECOND).is_some() {
+                return Some(at + n as u64);
+            }
+        }
+        // Chunks overlap, so what lies across a border is found too.
+        at += len.saturating_sub(NEAR).max(1) as u64;
+        if len < CHUNK {
+            break;
+        }
+    }
+    None
 }
 
 #[cfg(test)]

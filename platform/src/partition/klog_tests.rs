@@ -137,6 +137,27 @@ fn a_kernel_without_the_note_has_no_log() {
 }
 
 #[test]
+fn text_is_found_without_the_note_and_the_banner_is_passed_over() {
+    let mut m = Image(vec![0; SIZE]);
+    let banner = b"Linux version 6.1.0 (x) #1 SMP";
+    m.0[0x1_0000..0x1_0000 + banner.len()].copy_from_slice(banner);
+    let log: &[&[u8]] = &[
+        b"Linux version 6.1.0 (x) #1 SMP",
+        b"\x01\0\0\0\0\0\0\0Command line: quiet",
+        b"\0\x02\0Oops: int3",
+        b"\0abc\0",
+    ];
+    let mut at = 0x2_fff0; // across a page border
+    for part in log {
+        m.0[at..at + part.len()].copy_from_slice(part);
+        at += part.len();
+    }
+    let texts: Vec<String> = raw(&m).into_iter().map(|r| r.text).collect();
+    assert_eq!(texts, ["Linux version 6.1.0 (x) #1 SMP", "Command line: quiet", "Oops: int3"]);
+    assert!(raw(&Image(vec![0; SIZE])).is_empty());
+}
+
+#[test]
 fn a_wild_descriptor_ring_is_said_not_followed() {
     let mut m = image(&["a"]);
     m.put32(PRB, 40);

@@ -204,10 +204,14 @@ pub(super) fn console(inner: &Inner, id: InstanceId, from_seq: u64) -> Result<Co
                 info
             }
             None => {
+                let mut records = klog::raw(&region);
+                records.retain(|r| r.seq >= from_seq);
                 return Ok(ConsoleLog {
-                    next_seq: from_seq,
-                    note: Some("the kernel has not come as far as describing its log (VMCOREINFO)".into()),
-                    ..Default::default()
+                    next_seq: records.last().map_or(from_seq, |r| r.seq + 1),
+                    records,
+                    note: Some(
+                        "the kernel has not come as far as describing its log; what is shown is text found in its memory".into(),
+                    ),
                 });
             }
         },

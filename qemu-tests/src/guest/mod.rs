@@ -55,7 +55,7 @@ fn consoles() {
         let Ok(out) = Command::new("kmorphctl").args(["console", &name]).output() else { continue };
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         let lines: Vec<&str> = text.lines().collect();
-        for line in &lines[lines.len().saturating_sub(40)..] {
+        for line in &lines[lines.len().saturating_sub(150)..] {
             println!("{name}: {line}");
         }
     }

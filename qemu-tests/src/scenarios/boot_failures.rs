@@ -41,6 +41,27 @@ fn guest(g: &Guest) -> Result<()> {
     )?;
     everything_is_back(g)?;
 
+    g.chapter(
+        "a panic in boot, before anything of ours runs: the initramfs lies beyond the memory it may use",
+    );
+    g.ctl_fails(
+        &[
+            "spawn",
+            "one",
+            "--kernel=/boot/vmlinuz-6.1",
+            &initramfs,
+            "--kernel-cmdline=mem=1100M",
+            "--boot-timeout=15",
+        ],
+        9,
+        &["one", "did not come up"],
+    )?;
+    let log = g.command("kmorphctl", &["console", "one"])?;
+    g.check(log.out.contains("Kernel panic"), || {
+        format!("its panic is not in its log: {}{}", log.out, log.err)
+    })?;
+    everything_is_back(g)?;
+
     g.chapter("an init that ends at once: the kernel panics");
     panic_image()?;
     g.ctl_fails(

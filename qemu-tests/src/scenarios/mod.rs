@@ -23,7 +23,8 @@ use crate::guest::Guest;
 use crate::host::MachineSpec;
 
 /// Configuration for scenarios that fail one instance more often than an operator would stand.
-const OFTEN: &str = "recovery:\n  restart-intensity: 1000\n  restart-period: 1s\n  restart-delay: 1ms\n";
+const OFTEN: &str =
+    "recovery:\n  boot-timeout: 30s\n  restart-intensity: 1000\n  restart-period: 1s\n  restart-delay: 1ms\n";
 
 /// A story told on one machine.
 pub struct Scenario {

@@ -13,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(170),
+    limit: Duration::from_secs(300),
 };
 
 fn guest(g: &Guest) -> Result<()> {
@@ -28,7 +28,7 @@ fn guest(g: &Guest) -> Result<()> {
         g.check(says.ends_with(" 0-1"), || format!("not both CPUs run: {says}"))?;
         let before = g.status("pair")?.recoveries;
         g.tool(3, "crash")?;
-        super::story::report(g, &g.recovered("pair", before as usize + 1, Duration::from_secs(60))?);
+        super::story::report(g, &g.recovered("pair", before as usize + 1, Duration::from_secs(90))?);
         let says = g.tool(3, "release")?;
         g.check(says.ends_with(" 0-1"), || format!("not both CPUs run after the recovery: {says}"))?;
         g.ctl(&["terminate", "pair"])?;
