@@ -131,19 +131,13 @@ impl Tree {
         let spec = self.definition(&args.name).await?;
         let policy = self.policy(&args)?;
         let known = self.directory.get(&args.name);
-        let (incarnation, cmdline) = match &known {
-            Some(instance) => {
-                let record = instance.record();
-                (record.incarnation + 1, record.cmdline.clone())
-            }
-            None => (1, String::new()),
-        };
+        let incarnation = known.as_ref().map_or(1, |i| i.record().incarnation + 1);
         let plan = Plan {
             spec: spec.clone(),
             policy,
             kernel: PathBuf::from(&args.kernel),
             initramfs: args.initramfs.as_ref().map(PathBuf::from),
-            cmdline: args.cmdline.clone().unwrap_or(cmdline),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
         };
         if self.may_start(known.as_deref()).await {
             let request = BootRequest {
