@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo   two real kernels run, crash, hang and are healed, on one QEMU machine
+# make demo   two real kernels run, crash, hang and are healed, on one QEMU machine (without root: stand-ins)
 # make test   everything: formatting, lints, unit and property tests, the QEMU scenarios
+# make soak   ten thousand seeds of the simulated supervisor
 # make bench  every number of SPECIFICATION.md, measured, beside its promise
 #
 # KMORPH_BUILD moves build/ elsewhere, KMORPH_QEMU_ACCEL=kvm|tcg skips the probe.
@@ -18,11 +19,20 @@ generated:
 	cargo run --locked -q -p kmorphctl -- generate man build/man
 	cargo run --locked -q -p kmorphctl -- generate completions build/completions
 
-.PHONY: all deny generated demo test bench scenarios unit lint setup kernels modules binaries clean
+.PHONY: all deny generated demo demo-processes soak test bench scenarios unit lint setup kernels modules binaries clean
 
 
+# Real kernels for root; stand-ins for others, who can neither install packages nor need to.
+ifeq ($(shell id -u),0)
 demo: modules binaries
 	@$(QEMU) demo
+else
+demo: demo-processes
+endif
+
+# The same story on stand-ins.
+demo-processes:
+	@scripts/demo-processes.sh
 
 test: lint unit scenarios
 
@@ -35,11 +45,16 @@ scenarios: modules binaries
 
 unit: setup
 	cargo test --locked --workspace
+	scripts/demo-processes.sh >/dev/null
 
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	scripts/checks.sh
+
+# The supervisor's simulation, seed after seed.
+soak: setup
+	KMORPH_SIM_SEEDS=10000 cargo test --locked --release -p kmorph-actors --lib simulation
 
 # Licences and sources of what is depended on; installs the tool when it is missing (some minutes).
 deny:

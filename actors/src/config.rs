@@ -1,21 +1,31 @@
 //! What kmorphd gives the tree.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kmorph_control::error::OpError;
 use kmorph_platform::{InstanceSpec, PlatformError};
 
-use crate::core::policy::Policy;
+use crate::core::group::GroupSpec;
+use crate::core::policy::{Patch, Policy};
 use crate::store::StoreError;
+
+/// What a reload of the configuration can change.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settings {
+    /// Policy of instances that have none of their own.
+    pub defaults: Policy,
+    /// What the configuration says of single instances, by name.
+    pub policies: BTreeMap<String, Patch>,
+    /// Groups.
+    pub groups: Vec<GroupSpec>,
+}
 
 /// Settings of the tree.
 #[derive(Clone, Debug)]
 pub struct TreeConfig {
-    /// Policy of instances that have none of their own.
-    pub defaults: Policy,
-    /// Policies of instances by name.
-    pub policies: HashMap<String, Policy>,
+    /// Policies and groups. They can be changed while the tree runs.
+    pub settings: Settings,
     /// How long each actor may take to stop before it is killed.
     pub shutdown_limit: Duration,
     /// How long an agent may take to stop its workload when its instance is terminated.
@@ -33,8 +43,7 @@ pub struct TreeConfig {
 impl Default for TreeConfig {
     fn default() -> Self {
         TreeConfig {
-            defaults: Policy::default(),
-            policies: HashMap::new(),
+            settings: Settings::default(),
             shutdown_limit: Duration::from_secs(5),
             terminate_grace: Duration::from_secs(10),
             store_limit: Duration::from_secs(5),
@@ -42,13 +51,6 @@ impl Default for TreeConfig {
             seed: 0,
             release: concat!("kmorphd ", env!("CARGO_PKG_VERSION")).into(),
         }
-    }
-}
-
-impl TreeConfig {
-    /// The policy of an instance.
-    pub fn policy(&self, name: &str) -> Policy {
-        self.policies.get(name).copied().unwrap_or(self.defaults)
     }
 }
 

@@ -8,6 +8,7 @@
 //!       ├─ instances ─┬─ <name> ─┬─ heartbeat   looks at pulses, asks for heartbeats
 //!       │             │          └─ recovery    journals, then fences, reclaims, boots
 //!       │             └─ ...
+//!       ├─ groups         groups of instances that fail and start together
 //!       ├─ events         panic notices and the like, to the instance they are about
 //!       └─ children that kmorphd adds, such as the control server
 //! ```
@@ -18,8 +19,11 @@ mod shell;
 pub mod store;
 pub mod telemetry;
 
-pub use config::{Definitions, StartError, TreeConfig};
-pub use core::policy::Policy;
+pub use config::{Definitions, Settings, StartError, TreeConfig};
+pub use core::group::GroupSpec;
+pub use core::policy::{Key, Patch, Policy, PolicyError, Source};
+pub use core::supervisor::Strategy;
+pub use shell::log::{EventLog, wanted};
 pub use shell::service::Service;
 pub use shell::tree::Tree;
 pub use store::{InstanceRecord, MemoryStore, Store, StoreError};

@@ -9,7 +9,7 @@ use kmorph_control::views::{RecoveryLogArgs, RecoveryStep};
 use kmorph_platform::{InstanceSpec, MemoryRange};
 use serde::{Deserialize, Serialize};
 
-use crate::core::policy::Policy;
+use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::Saved;
 
 /// The store did not do what it was asked.
@@ -22,8 +22,14 @@ pub struct StoreError(pub String);
 pub struct InstanceRecord {
     /// Its definition when it was last started.
     pub spec: InstanceSpec,
-    /// Its policy.
+    /// Its policy, as it was in force when this was written.
     pub policy: Policy,
+    /// What operators set of it.
+    #[serde(default)]
+    pub overrides: Patch,
+    /// Watched, not acted on.
+    #[serde(default)]
+    pub maintenance: bool,
     /// Kernel image.
     pub kernel: PathBuf,
     /// Initramfs of the user.
@@ -54,6 +60,8 @@ impl InstanceRecord {
         InstanceRecord {
             spec,
             policy,
+            overrides: Patch::default(),
+            maintenance: false,
             kernel: PathBuf::new(),
             initramfs: None,
             cmdline: String::new(),
@@ -80,6 +88,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// Remember an instance, replacing what was remembered under its name.
     async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError>;
+
+    /// Remember an instance together with the steps that led there, so that a daemon killed at any moment finds
+    /// both or neither. A store that cannot do both at once remembers the instance first: a step that is
+    /// missing costs history, a record that is missing would leave an incident open for ever.
+    async fn commit(&self, record: &InstanceRecord, steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        let saved = self.save_instance(record).await;
+        for step in steps {
+            self.journal(step).await?;
+        }
+        saved
+    }
 
     /// Everything remembered of instances.
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError>;

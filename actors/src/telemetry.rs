@@ -46,7 +46,7 @@ const STATES: [InstanceState; 9] = [
     InstanceState::Recovering,
     InstanceState::Stopped,
     InstanceState::PartialFence,
-    InstanceState::Failed,
+    InstanceState::Degraded,
 ];
 
 pub(crate) fn instance_state(name: &str, state: InstanceState) {

@@ -2,41 +2,35 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kmp::io::Connection;
 use kmp::message::{
-    ByeAck, ByeReason, Error as ErrorMessage, ErrorCode, HeartbeatRsp, Hello, Message, MessageType, Metrics,
+    Bye, ByeAck, ByeReason, Error as ErrorMessage, ErrorCode, HeartbeatRsp, Hello, Message, MessageType,
+    Metrics,
 };
 use kmp::session::Event;
 use nix::sys::signal::{Signal, kill};
-use nix::time::{ClockId, clock_gettime};
-use nix::unistd::{Pid, sync};
+use nix::unistd::{Pid, getppid, sync};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
+use crate::clock::boot_ns;
+use crate::guardian::Link;
 use crate::kmsg;
 use crate::metrics::Sampler;
 use crate::stage1::{self, Cmdline};
 
 /// A client has this long to say HELLO.
-const HELLO_LIMIT: Duration = Duration::from_secs(5);
+pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Connections at once; the daemon needs two.
 const MAX_CONNECTIONS: usize = 16;
 /// Metrics older than this are measured anew for a heartbeat that asks.
 const FRESH: Duration = Duration::from_millis(200);
 /// After a failed accept: descriptors or memory may be short for a moment.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Nanoseconds since boot: what KMP headers carry.
-fn clock() -> u64 {
-    clock_gettime(ClockId::CLOCK_BOOTTIME)
-        .map(|t| (t.tv_sec() as u64).saturating_mul(1_000_000_000).saturating_add(t.tv_nsec() as u64))
-        .unwrap_or(0)
-}
 
 /// Metrics, shared by all connections.
 struct Gauges {
@@ -57,105 +51,145 @@ impl Gauges {
     }
 }
 
-struct Server {
+/// Where metrics come from.
+enum Figures {
+    /// This kernel.
+    Measured(Box<Mutex<Gauges>>),
+    /// A stand-in is no machine of its own, and a thousand of them measuring their host would be a load.
+    Fixed(Metrics),
+}
+
+/// What all connections share.
+pub struct Server {
     identity: Hello,
-    gauges: Mutex<Gauges>,
+    figures: Figures,
+    link: Link,
 }
 
 /// Serve until the kernel ends. `ready` is told once the port is open.
-pub fn run(ready: OwnedFd, cmdline: &Cmdline) -> ExitCode {
-    // The out-of-memory killer takes everything else first: a silent agent looks like a dead user space.
-    if let Err(e) = std::fs::write(Path::new(stage1::PROC).join("self/oom_score_adj"), "-1000") {
-        kmsg::log(kmsg::ERROR, &format!("cannot protect the agent from the OOM killer: {e}"));
-    }
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(rt) => rt,
-        Err(e) => {
-            kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
-            return ExitCode::FAILURE;
-        }
+pub fn run(ready: Option<OwnedFd>, cmdline: &Cmdline, link: Link) -> i32 {
+    let identity = Hello {
+        instance: cmdline.instance,
+        incarnation: cmdline.incarnation,
+        capabilities: vec!["terminate".into()],
+        release: nix::sys::utsname::uname()
+            .map(|u| u.release().to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        ..Hello::default()
     };
-    let release =
-        nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
-    let server = Arc::new(Server {
-        identity: Hello {
-            instance: cmdline.instance,
-            incarnation: cmdline.incarnation,
-            capabilities: vec!["terminate".into()],
-            release,
-            ..Hello::default()
-        },
-        gauges: Mutex::new(Gauges {
-            sampler: Sampler::new(Path::new(stage1::PROC), Path::new("/.kmorph/probe")),
-            last: None,
-        }),
-    });
-    match runtime.block_on(listen(server, ready)) {
-        Ok(()) => ExitCode::SUCCESS,
+    let sampler = Sampler::new(Path::new(stage1::PROC), Path::new("/.kmorph/probe"));
+    let figures = Figures::Measured(Box::new(Mutex::new(Gauges { sampler, last: None })));
+    on_a_runtime(listen_on_vsock(Arc::new(Server { identity, figures, link }), ready))
+}
+
+/// Run a server's future on one thread.
+pub fn on_a_runtime(server: impl Future<Output = Result<(), String>>) -> i32 {
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|e| format!("cannot start the server: {e}"))
+        .and_then(|runtime| runtime.block_on(server));
+    match result {
+        Ok(()) => 0,
         Err(e) => {
             kmsg::log(kmsg::ERROR, &e);
-            ExitCode::FAILURE
+            1
         }
     }
 }
 
-async fn listen(server: Arc<Server>, ready: OwnedFd) -> Result<(), String> {
+async fn listen_on_vsock(server: Arc<Server>, ready: Option<OwnedFd>) -> Result<(), String> {
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, kmp::PORT))
         .map_err(|e| format!("cannot listen on vsock port {}: {e}", kmp::PORT))?;
-    stage1::say_ready(ready);
+    if let Some(ready) = ready {
+        stage1::say_ready(ready);
+    }
     kmsg::log(kmsg::INFO, &format!("listening on vsock port {}", kmp::PORT));
-    let room = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(e) => {
-                kmsg::log(kmsg::ERROR, &format!("accept: {e}"));
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
+    let accept = async || {
+        let (stream, peer) = listener.accept().await?;
         // Only the primary kernel commands an instance.
         if peer.cid() != VMADDR_CID_HOST {
             kmsg::log(kmsg::ERROR, &format!("refused a connection from CID {}", peer.cid()));
-            continue;
+            return Ok(None);
         }
-        let Ok(permit) = room.clone().try_acquire_owned() else {
-            kmsg::log(kmsg::ERROR, &format!("refused a connection: {MAX_CONNECTIONS} are open"));
-            continue;
-        };
-        let server = server.clone();
-        tokio::spawn(async move {
-            server.connection(stream).await;
-            drop(permit);
-        });
-    }
+        Ok(Some(stream))
+    };
+    let serving = server.clone();
+    server
+        .listen(accept, move |stream| {
+            let server = serving.clone();
+            async move { server.connection(stream).await }
+        })
+        .await
 }
 
 impl Server {
+    /// The server of a stand-in.
+    pub fn stand_in(identity: Hello, metrics: Metrics, link: Link) -> Server {
+        Server { identity, figures: Figures::Fixed(metrics), link }
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Hello {
+        &self.identity
+    }
+
+    /// Tell a stand-in's kernel that its latest order is being followed.
+    pub fn obeyed(&self) {
+        self.link.obeyed();
+    }
+
+    /// Accept connections for ever, and pet the guardian.
+    pub async fn listen<S, F: Future<Output = ()> + Send + 'static>(
+        &self,
+        accept: impl AsyncFn() -> std::io::Result<Option<S>>,
+        serve: impl Fn(S) -> F,
+    ) -> Result<(), String> {
+        let room = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+        let connections = async {
+            loop {
+                let stream = match accept().await {
+                    Ok(Some(stream)) => stream,
+                    Ok(None) => continue,
+                    Err(e) => {
+                        kmsg::log(kmsg::ERROR, &format!("accept: {e}"));
+                        sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                let Ok(permit) = room.clone().try_acquire_owned() else {
+                    kmsg::log(kmsg::ERROR, &format!("refused a connection: {MAX_CONNECTIONS} are open"));
+                    continue;
+                };
+                let connection = serve(stream);
+                tokio::spawn(async move {
+                    connection.await;
+                    drop(permit);
+                });
+            }
+        };
+        tokio::select! {
+            never = connections => never,
+            never = self.link.pet() => never,
+        }
+    }
+
     async fn connection<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) {
-        let (mut c, _) = match Connection::accept(stream, self.identity.clone(), clock, HELLO_LIMIT).await {
+        let (mut c, _) = match Connection::accept(stream, self.identity.clone(), boot_ns, HELLO_LIMIT).await {
             Ok(opened) => opened,
             Err(e) => return kmsg::log(kmsg::ERROR, &format!("a connection was not opened: {e}")),
         };
         loop {
             match c.next().await {
-                Event::Message { header, message } => match message {
-                    Message::Bye(bye) => {
-                        let detail = self.end(bye.reason, Duration::from_millis(bye.grace_ms)).await;
-                        if let Err(e) = c.confirm_bye(ByeAck { detail }).await {
-                            kmsg::log(kmsg::ERROR, &format!("cannot confirm BYE: {e}"));
-                        }
-                        return;
+                Event::Message { message: Message::Bye(bye), .. } => return self.bye(&mut c, bye).await,
+                Event::Message { header, message } => {
+                    if let Some(answer) = self.answer(&message)
+                        && let Err(e) = c.queue(header.sequence, &answer)
+                    {
+                        return kmsg::log(kmsg::ERROR, &format!("cannot answer: {e}"));
                     }
-                    other => {
-                        let answer = self.answer(&other);
-                        if let Some(answer) = answer
-                            && let Err(e) = c.queue(header.sequence, &answer)
-                        {
-                            return kmsg::log(kmsg::ERROR, &format!("cannot answer: {e}"));
-                        }
-                    }
-                },
+                }
                 Event::Unreadable { .. } | Event::Open { .. } => {} // the session answers by itself
                 Event::Closed { .. } => return,
             }
@@ -163,25 +197,40 @@ impl Server {
     }
 
     /// What a message is answered with. A repeated heartbeat is simply answered again.
-    fn answer(&self, message: &Message) -> Option<Message> {
+    pub fn answer(&self, message: &Message) -> Option<Message> {
         match message {
-            Message::HeartbeatReq(req) => Some(
-                HeartbeatRsp {
-                    incarnation: self.identity.incarnation,
-                    uptime_ns: Some(clock()),
-                    agent_pid: Some(std::process::id()),
-                    metrics: if req.metrics {
-                        self.gauges.lock().unwrap_or_else(PoisonError::into_inner).metrics()
-                    } else {
-                        Metrics::default()
-                    },
-                }
-                .into(),
-            ),
+            Message::HeartbeatReq(req) => {
+                self.link.tell(req.guardian_ms);
+                Some(
+                    HeartbeatRsp {
+                        incarnation: self.identity.incarnation,
+                        uptime_ns: Some(boot_ns()),
+                        agent_pid: Some(std::process::id()),
+                        metrics: if req.metrics { self.metrics() } else { Metrics::default() },
+                        agent_restarts: self.link.restarts,
+                    }
+                    .into(),
+                )
+            }
             // Told to all survivors; there is nothing to do for them in an instance yet, and no answer.
             Message::RecoverPrepare(_) | Message::RecoverReclaim(_) | Message::RecoverComplete(_) => None,
             Message::Error(_) | Message::Retry(_) => None,
             other => Some(unsupported(other.kind())),
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        match &self.figures {
+            Figures::Measured(gauges) => gauges.lock().unwrap_or_else(PoisonError::into_inner).metrics(),
+            Figures::Fixed(metrics) => metrics.clone(),
+        }
+    }
+
+    /// Do what a BYE asks for, and confirm it.
+    pub async fn bye<S: AsyncRead + AsyncWrite + Unpin>(&self, c: &mut Connection<S>, bye: Bye) {
+        let detail = self.end(bye.reason, Duration::from_millis(bye.grace_ms)).await;
+        if let Err(e) = c.confirm_bye(ByeAck { detail }).await {
+            kmsg::log(kmsg::ERROR, &format!("cannot confirm BYE: {e}"));
         }
     }
 
@@ -191,6 +240,10 @@ impl Server {
             return "closed".into();
         }
         kmsg::log(kmsg::INFO, "kmorphd ends this instance");
+        if matches!(self.figures, Figures::Fixed(_)) {
+            // Every other process here is somebody else's.
+            return "a stand-in has no processes to end and no file systems to sync".into();
+        }
         // As shutdown does: everyone is told, what is dirty is written, nothing is waited for longer
         // than the daemon waits. PID 1 gets no signal: its end would be a panic.
         let told = kill_others(Signal::SIGTERM);
@@ -210,12 +263,12 @@ fn unsupported(kind: MessageType) -> Message {
     .into()
 }
 
-/// Signal every process but kernel threads, PID 1 and this one; how many.
+/// Signal every process but kernel threads, PID 1, the guardian and this one; how many.
 fn kill_others(signal: Signal) -> usize {
     let Ok(entries) = std::fs::read_dir(stage1::PROC) else { return 0 };
     entries
         .filter_map(|e| e.ok()?.file_name().to_string_lossy().parse::<i32>().ok())
-        .filter(|pid| *pid > 1 && *pid as u32 != std::process::id())
+        .filter(|pid| is_other(*pid, Pid::this(), getppid()))
         .filter(|pid| {
             let cmdline = Path::new(stage1::PROC).join(pid.to_string()).join("cmdline");
             std::fs::read(cmdline).is_ok_and(|c| !c.is_empty())
@@ -224,17 +277,34 @@ fn kill_others(signal: Signal) -> usize {
         .count()
 }
 
+/// The guardian is the agent's parent.
+fn is_other(pid: i32, agent: Pid, guardian: Pid) -> bool {
+    pid > 1 && pid != agent.as_raw() && pid != guardian.as_raw()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kmp::message::{Bye, HeartbeatReq, VmcoreStart};
+    use kmp::message::{HeartbeatReq, VmcoreStart};
 
     fn server() -> Server {
         let probe = std::env::temp_dir().join(format!("kmorph-agent-test-{}", std::process::id()));
+        let gauges = Gauges { sampler: Sampler::new(Path::new("/proc"), &probe), last: None };
         Server {
             identity: Hello { instance: 3, incarnation: 9, release: "6.1-test".into(), ..Hello::default() },
-            gauges: Mutex::new(Gauges { sampler: Sampler::new(Path::new("/proc"), &probe), last: None }),
+            figures: Figures::Measured(Box::new(Mutex::new(gauges))),
+            link: Link::unheard(4),
         }
+    }
+
+    #[test]
+    fn the_guardian_is_spared() {
+        let (agent, guardian) = (Pid::from_raw(70), Pid::from_raw(69));
+        let others: Vec<i32> = (0..72)
+            .filter(|pid| *pid >= 68 || *pid < 3)
+            .filter(|pid| is_other(*pid, agent, guardian))
+            .collect();
+        assert_eq!(others, [2, 68, 71]);
     }
 
     async fn message<S: AsyncRead + AsyncWrite + Unpin>(c: &mut Connection<S>) -> (u32, Message) {
@@ -250,14 +320,14 @@ mod tests {
         let s = server();
         let client = async {
             let target = Hello { instance: 3, incarnation: 9, ..Hello::default() };
-            let (mut c, peer) = Connection::connect(ours, target, clock, HELLO_LIMIT).await.unwrap();
+            let (mut c, peer) = Connection::connect(ours, target, boot_ns, HELLO_LIMIT).await.unwrap();
             assert_eq!((peer.incarnation, peer.release.as_str()), (9, "6.1-test"));
-            c.queue(1, &HeartbeatReq { metrics: true }.into()).unwrap();
+            c.queue(1, &HeartbeatReq { metrics: true, ..HeartbeatReq::default() }.into()).unwrap();
             let (seq, m) = message(&mut c).await;
             let Message::HeartbeatRsp(rsp) = m else { panic!("{m:?}") };
-            assert_eq!((seq, rsp.incarnation), (1, 9));
+            assert_eq!((seq, rsp.incarnation, rsp.agent_restarts), (1, 9, 4));
             assert!(rsp.metrics.memory.unwrap().total > 0);
-            c.queue(2, &HeartbeatReq { metrics: false }.into()).unwrap();
+            c.queue(2, &HeartbeatReq::default().into()).unwrap();
             let (_, m) = message(&mut c).await;
             assert!(matches!(m, Message::HeartbeatRsp(r) if r.metrics == Metrics::default()));
             c.queue(3, &VmcoreStart::default().into()).unwrap();
@@ -278,7 +348,7 @@ mod tests {
         let s = server();
         let client = async {
             let target = Hello { instance: 3, incarnation: 8, ..Hello::default() };
-            let e = Connection::connect(ours, target, clock, HELLO_LIMIT).await.unwrap_err();
+            let e = Connection::connect(ours, target, boot_ns, HELLO_LIMIT).await.unwrap_err();
             assert!(matches!(e, kmp::io::OpenError::Refused(_)), "{e}");
         };
         tokio::join!(client, s.connection(theirs));

@@ -9,9 +9,9 @@ use std::process::ExitCode;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::wait;
-use nix::unistd::{ForkResult, execv, fork, pipe, setsid};
+use nix::unistd::{execv, pipe, setsid};
 
-use crate::{kmsg, modules, serve};
+use crate::{fork, guardian, kmsg, modules};
 
 /// The agent's own procfs: the user's init finds /proc as it expects it, unmounted.
 pub const PROC: &str = "/.kmorph/proc";
@@ -69,41 +69,40 @@ pub fn run() -> ExitCode {
             Err(e) => kmsg::log(kmsg::ERROR, &e),
         },
     }
-    match split() {
-        Ok(Some(ready)) => serve::run(ready, &cmdline),
-        Ok(None) => become_init(&cmdline.init),
-        Err(e) => {
-            kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
-            become_init(&cmdline.init)
-        }
+    if let Err(e) = split(&cmdline) {
+        kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
     }
+    become_init(&cmdline.init)
 }
 
-/// Fork. The child, with a mount namespace of its own, gets the pipe it says "ready" on; the parent
-/// returns when it did.
-#[allow(unsafe_code)]
-fn split() -> nix::Result<Option<OwnedFd>> {
+/// Leave a child, with a mount namespace of its own: the guardian, which starts the server. Returns when the
+/// server says that it is ready.
+fn split(cmdline: &Cmdline) -> nix::Result<()> {
     let (theirs, ours) = pipe()?;
-    // SAFETY: the process has a single thread here (no runtime was started), so the child may do
-    // anything.
-    match unsafe { fork() }? {
-        ForkResult::Child => {
-            drop(theirs);
-            setsid()?;
-            unshare(CloneFlags::CLONE_NEWNS)?;
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
-            Ok(Some(ours))
+    let mut ends = Some((theirs, ours));
+    fork::child(|| match ends.take().map(|(theirs, ours)| (drop(theirs), alone().map(|()| ours))) {
+        Some(((), Ok(ready))) => guardian::run(ready, cmdline),
+        Some(((), Err(e))) => {
+            kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
+            1
         }
-        ForkResult::Parent { .. } => {
-            drop(ours);
-            // The server listens before the user's init starts: a first connection is never refused.
-            let mut byte = [0u8; 1];
-            if std::fs::File::from(theirs).read(&mut byte).unwrap_or(0) == 0 {
-                kmsg::log(kmsg::ERROR, "the server ended before it was ready");
-            }
-            Ok(None)
-        }
+        None => 1,
+    })?;
+    let Some((theirs, ours)) = ends else { return Ok(()) };
+    drop(ours);
+    // The server listens before the user's init starts: a first connection is never refused.
+    let mut byte = [0u8; 1];
+    if std::fs::File::from(theirs).read(&mut byte).unwrap_or(0) == 0 {
+        kmsg::log(kmsg::ERROR, "the server ended before it was ready");
     }
+    Ok(())
+}
+
+/// A session and a view of the file systems of its own: the user's init may change its own as it likes.
+fn alone() -> nix::Result<()> {
+    setsid()?;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
 /// Tell the parent that the server listens.

@@ -22,8 +22,8 @@ pub enum InstanceState {
     Stopped,
     /// Not every CPU could be seen stopped: an operator must look.
     PartialFence,
-    /// Given up: dead, fenced, not restarted.
-    Failed,
+    /// Given up: it failed too often or could not be brought back; an operator decides.
+    Degraded,
 }
 
 impl std::fmt::Display for InstanceState {
@@ -37,7 +37,7 @@ impl std::fmt::Display for InstanceState {
             InstanceState::Recovering => "RECOVERING",
             InstanceState::Stopped => "STOPPED",
             InstanceState::PartialFence => "PARTIAL-FENCE",
-            InstanceState::Failed => "FAILED",
+            InstanceState::Degraded => "DEGRADED",
         })
     }
 }
@@ -53,8 +53,8 @@ pub struct SpawnArgs {
     pub cmdline: Option<String>,
     /// Absolute path of an initramfs.
     pub initramfs: Option<String>,
-    /// Auto-heal: restart after a confirmed failure.
-    pub monitor: bool,
+    /// Auto-heal: restart after a confirmed failure. `None` keeps the instance's policy.
+    pub monitor: Option<bool>,
     /// Seconds without a heartbeat until the instance is suspected.
     pub heartbeat_timeout_s: Option<f64>,
     /// Seconds a kernel may take from start to its first heartbeat.
@@ -76,6 +76,14 @@ pub struct InstanceView {
     pub state: InstanceState,
     /// One sentence on the state.
     pub reason: String,
+    /// What an operator can do about it; empty when nothing has to be done.
+    pub advice: String,
+    /// Watched, not acted on.
+    pub maintenance: bool,
+    /// The group it belongs to.
+    pub group: Option<String>,
+    /// How often its guardian restarted its agent in this incarnation.
+    pub agent_restarts: u32,
     /// Running kernel release, empty when none.
     pub release: String,
     /// Kernel image path.
@@ -257,6 +265,10 @@ pub struct DaemonView {
     pub max_lag_ms: f64,
     /// Address metrics are served at.
     pub metrics: Option<String>,
+    /// Why the journal cannot be written now, when it cannot.
+    pub store_trouble: Option<String>,
+    /// Files the configuration was read from.
+    pub config_files: Vec<String>,
 }
 
 /// One console record.
@@ -279,4 +291,164 @@ pub struct ConsoleChunk {
     pub lines: Vec<ConsoleLine>,
     /// Said when the log is partial or of an earlier life.
     pub note: Option<String>,
+}
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// An instance went from one state to another.
+    State,
+    /// A step of a recovery.
+    Recovery,
+    /// Something was noticed that changes no state.
+    Notice,
+    /// A policy was changed.
+    Policy,
+    /// Maintenance was turned on or off.
+    Maintenance,
+    /// A group acted.
+    Group,
+    /// The daemon itself: started, reloaded, journal trouble.
+    Daemon,
+}
+
+impl std::fmt::Display for EventKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            EventKind::State => "state",
+            EventKind::Recovery => "recovery",
+            EventKind::Notice => "notice",
+            EventKind::Policy => "policy",
+            EventKind::Maintenance => "maintenance",
+            EventKind::Group => "group",
+            EventKind::Daemon => "daemon",
+        })
+    }
+}
+
+/// One event. Numbers grow by one; a gap means that events were dropped for a reader that was too slow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventView {
+    /// Number, from 1 at the start of the daemon.
+    pub seq: u64,
+    /// Wall clock, milliseconds since the Unix epoch.
+    pub at_unix_ms: u64,
+    /// What it is about.
+    pub kind: EventKind,
+    /// The instance.
+    pub instance: Option<String>,
+    /// The group.
+    pub group: Option<String>,
+    /// The incident it belongs to.
+    pub incident: Option<u64>,
+    /// Which life of the instance.
+    pub incarnation: Option<u64>,
+    /// State before.
+    pub from: Option<String>,
+    /// State after.
+    pub to: Option<String>,
+    /// Why.
+    pub cause: String,
+    /// What is done about it.
+    pub effect: String,
+}
+
+/// `kmorphctl events`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventsArgs {
+    /// Only events of this instance (or of its group).
+    pub instance: Option<String>,
+    /// Only incident number.
+    pub incident: Option<u64>,
+    /// Only events at or after this time, milliseconds since the Unix epoch.
+    pub since_unix_ms: Option<u64>,
+}
+
+/// One setting of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicySetting {
+    /// Name, as in `policy set`.
+    pub key: String,
+    /// Value.
+    pub value: String,
+    /// Where it comes from: default, config, operator.
+    pub source: String,
+    /// What it takes.
+    pub allowed: String,
+    /// What it is for.
+    pub help: String,
+}
+
+/// `kmorphctl policy show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyView {
+    /// The instance; `None` for the defaults.
+    pub instance: Option<String>,
+    /// Every setting.
+    pub settings: Vec<PolicySetting>,
+    /// Longest a hang can go undeclared by it, milliseconds.
+    pub hang_bound_ms: u64,
+}
+
+/// One change of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyChange {
+    /// The instance; `None` for the defaults.
+    pub instance: Option<String>,
+    /// Setting.
+    pub key: String,
+    /// Value before.
+    pub from: String,
+    /// Value after.
+    pub to: String,
+}
+
+/// What a reload did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadView {
+    /// Files that were read.
+    pub files: Vec<String>,
+    /// Policies that changed.
+    pub policies: Vec<PolicyChange>,
+    /// Groups that changed, one sentence each.
+    pub groups: Vec<String>,
+    /// Keys that changed and need a restart of the daemon to take effect.
+    pub restart_needed: Vec<String>,
+}
+
+/// A member of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupMember {
+    /// Instance.
+    pub name: String,
+    /// Its state; `None` when it is not defined.
+    pub state: Option<InstanceState>,
+    /// One sentence on it.
+    pub reason: String,
+}
+
+/// `kmorphctl group show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupView {
+    /// Name.
+    pub name: String,
+    /// one-for-one, one-for-all or rest-for-one.
+    pub strategy: String,
+    /// UP, RESTARTING, DEGRADED or STOPPED.
+    pub state: String,
+    /// One sentence on the state.
+    pub reason: String,
+    /// What an operator can do about it; empty when nothing has to be done.
+    pub advice: String,
+    /// Restarts allowed within the period.
+    pub restart_intensity: u32,
+    /// Length of the window, milliseconds.
+    pub restart_period_ms: u64,
+    /// Restarts within the window now.
+    pub restarts: u32,
+    /// The incident under way.
+    pub incident: Option<u64>,
+    /// Members in start order.
+    pub members: Vec<GroupMember>,
 }

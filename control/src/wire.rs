@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use crate::{ErrorKind, OpError, RecoveryLogArgs, SpawnArgs};
+use crate::{ErrorKind, EventsArgs, OpError, RecoveryLogArgs, SpawnArgs};
 
 /// Version of this protocol. A daemon serves clients of its own version only; both are shipped
 /// together.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Longest frame, bytes.
 pub const MAX_FRAME: usize = 4 << 20;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -126,6 +126,54 @@ pub enum Request {
         /// Go on as records come.
         follow: bool,
     },
+    /// [`crate::ReloadView`].
+    DaemonReload,
+    /// A stream of [`crate::EventView`].
+    Events {
+        /// Which.
+        filter: EventsArgs,
+        /// Go on as they happen.
+        follow: bool,
+    },
+    /// [`crate::PolicyView`].
+    PolicyShow {
+        /// Instance; `None` for the defaults.
+        instance: Option<String>,
+    },
+    /// A list of [`crate::PolicyChange`].
+    PolicySet {
+        /// Instance.
+        instance: String,
+        /// Setting.
+        key: String,
+        /// Value; `None` leaves it to the configuration again.
+        value: Option<String>,
+    },
+    /// YAML text: what operators set, for [`Request::PolicyImport`] or a configuration file.
+    PolicyExport,
+    /// A list of [`crate::PolicyChange`]. All or nothing.
+    PolicyImport {
+        /// YAML text, as exported.
+        text: String,
+        /// Its file, for errors.
+        file: String,
+        /// Only say what would change.
+        dry_run: bool,
+    },
+    /// A list of [`crate::GroupView`].
+    GroupList,
+    /// [`crate::GroupView`].
+    GroupShow {
+        /// Group.
+        name: String,
+    },
+    /// [`crate::InstanceView`].
+    Maintenance {
+        /// Instance.
+        name: String,
+        /// Watch it and do not act; off: act again.
+        on: bool,
+    },
 }
 
 impl Request {
@@ -137,6 +185,10 @@ impl Request {
                 | Request::Spawn(_)
                 | Request::Terminate { .. }
                 | Request::Recover { .. }
+                | Request::DaemonReload
+                | Request::PolicySet { .. }
+                | Request::PolicyImport { dry_run: false, .. }
+                | Request::Maintenance { .. }
         )
     }
 }
@@ -216,8 +268,9 @@ impl Client {
         })?;
         let mut client = Client { frames: Framed::new(stream, codec()) };
         let mine = Hello::new();
-        client.send(&mine).await?;
-        let theirs: Hello = match tokio::time::timeout(HELLO_LIMIT, client.receive()).await {
+        // A daemon that turns clients away may have closed already; why, it has said before.
+        let sent = client.send(&mine).await;
+        let theirs: Hello = match tokio::time::timeout(HELLO_LIMIT, client.greeting()).await {
             Ok(hello) => hello?,
             Err(_) => {
                 return Err(OpError::new(
@@ -226,6 +279,7 @@ impl Client {
                 ));
             }
         };
+        sent?;
         mine.check(&theirs)?;
         Ok(client)
     }
@@ -237,12 +291,25 @@ impl Client {
             .map_err(|e| OpError::new(ErrorKind::NoDaemon, format!("kmorphd closed the connection: {e}")))
     }
 
-    async fn receive<T: DeserializeOwned>(&mut self) -> Result<T, OpError> {
+    /// The daemon's hello, or why it turns this client away.
+    async fn greeting(&mut self) -> Result<Hello, OpError> {
+        let frame = self.frame().await?;
+        decode(&frame).map_err(|e| match decode(&frame) {
+            Ok(Reply::Error(refused)) => refused,
+            _ => e,
+        })
+    }
+
+    async fn frame(&mut self) -> Result<bytes::BytesMut, OpError> {
         match self.frames.next().await {
-            Some(Ok(frame)) => decode(&frame),
+            Some(Ok(frame)) => Ok(frame),
             Some(Err(e)) => Err(OpError::new(ErrorKind::Internal, format!("bad frame from kmorphd: {e}"))),
             None => Err(OpError::new(ErrorKind::NoDaemon, "kmorphd closed the connection")),
         }
+    }
+
+    async fn receive<T: DeserializeOwned>(&mut self) -> Result<T, OpError> {
+        decode(&self.frame().await?)
     }
 
     /// Ask; the answer is then read with [`Client::next`].
@@ -285,7 +352,8 @@ mod tests {
         let other = Hello { version: 9, ..Hello::new() };
         let e = Hello::new().check(&other).unwrap_err();
         assert_eq!(e.kind, ErrorKind::Version);
-        assert!(e.message.contains('1') && e.message.contains('9'), "{e}");
+        let ours = PROTOCOL_VERSION.to_string();
+        assert!(e.message.contains(&ours) && e.message.contains('9'), "{e}");
         assert!(Hello::new().check(&Hello::new()).is_ok());
     }
 
@@ -296,7 +364,7 @@ mod tests {
             kernel: "/k".into(),
             cmdline: None,
             initramfs: None,
-            monitor: true,
+            monitor: Some(true),
             heartbeat_timeout_s: Some(1.0),
             boot_timeout_s: None,
             wait: true,
@@ -307,10 +375,35 @@ mod tests {
             (Request::DaemonStop { graceful: true }, true),
             (Request::Console { name: "x".into(), follow: true }, false),
             (Request::Recover { name: "x".into() }, true),
+            (Request::DaemonReload, true),
+            (Request::PolicyShow { instance: None }, false),
+            (Request::PolicySet { instance: "x".into(), key: "vmcore".into(), value: None }, true),
+            (Request::PolicyExport, false),
+            (Request::PolicyImport { text: "{}".into(), file: "f".into(), dry_run: true }, false),
+            (Request::PolicyImport { text: "{}".into(), file: "f".into(), dry_run: false }, true),
+            (Request::GroupList, false),
+            (Request::GroupShow { name: "g".into() }, false),
+            (Request::Maintenance { name: "x".into(), on: false }, true),
+            (Request::Events { filter: EventsArgs::default(), follow: true }, false),
         ] {
             assert_eq!(decode::<Request>(&encode(&r).unwrap()).unwrap(), r);
             assert_eq!(r.changes(), changes, "{r:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_turned_away_hears_why() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("s");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let refused = OpError::new(ErrorKind::Busy, "1024 clients are connected; try again");
+        let (client, ()) = tokio::join!(Client::connect(&path), async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut frames = Framed::new(stream, codec());
+            let bytes = encode(&Reply::Error(refused.clone())).unwrap();
+            frames.send(Bytes::from(bytes)).await.unwrap();
+        });
+        assert_eq!(client.unwrap_err(), refused);
     }
 
     #[tokio::test]

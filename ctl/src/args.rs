@@ -1,11 +1,13 @@
 //! The command line.
 
+mod operate;
+
 use std::path::PathBuf;
 
+use clap::builder::{EnumValueParser, PathBufValueParser, TypedValueParser, ValueParser};
 use clap::{Parser, Subcommand, ValueEnum};
 
-/// Where the daemon listens unless told otherwise.
-pub const SOCKET: &str = "/run/kmorph/kmorphd.sock";
+pub use operate::{ConfigCommand, Events, Group, Maintenance, Policy};
 
 const AFTER: &str = "\
 A first session:
@@ -13,9 +15,11 @@ A first session:
   kmorphctl spawn web-server --kernel=/boot/vmlinuz-6.1 --heartbeat-timeout=1
   kmorphctl list
   kmorphctl recovery-log --instance=web-server
+  kmorphctl policy set heartbeat-timeout web-server 2s
+  kmorphctl events --follow
 
 Exit codes: 0 done; 1 internal error; 2 wrong usage; 3 not found; 4 the state does not allow it; 5 a CPU, memory
-or name is taken; 6 a definition, image or file is not usable; 7 not permitted; 8 not in time; 9 the kernel did not
+or name is taken; 6 a definition, image, configuration or policy is not usable; 7 not permitted; 8 not in time; 9 the kernel did not
 come up; 10 not every CPU could be seen stopped, nothing was taken back; 11 versions differ; 12 no daemon answers.";
 
 /// Run, watch and heal the kernels of a multikernel machine.
@@ -25,16 +29,51 @@ come up; 10 not every CPU could be seen stopped, nothing was taken back; 11 vers
 #[derive(Debug, Parser)]
 #[command(version, after_help = AFTER, max_term_width = 110)]
 pub struct Args {
-    /// Control socket of the daemon
-    #[arg(long, global = true, env = "KMORPH_SOCKET", default_value = SOCKET, value_name = "PATH")]
-    pub socket: PathBuf,
+    /// Control socket of the daemon (default: /run/kmorph/kmorphd.sock; for other users than root the one in
+    /// $XDG_RUNTIME_DIR/kmorph when there is a daemon of their own)
+    #[arg(long, global = true, env = "KMORPH_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
 
     /// How results are printed: for people or as JSON
-    #[arg(long, short = 'o', global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
-    pub output: Format,
+    #[arg(long, short = 'o', global = true, value_parser = format(), default_value = "table", value_name = "FORMAT")]
+    output: Destination,
 
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Args {
+    /// How results are printed.
+    pub fn format(&self) -> Format {
+        match self.output {
+            Destination::Format(format) => format,
+            Destination::File(_) => Format::Table,
+        }
+    }
+}
+
+/// What `--output` says. `policy export` takes a file there, all others a format. It is one type, because clap copies
+/// the value of a global option up and down between a command and its subcommands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// A format; the result is printed.
+    Format(Format),
+    /// A file for the result.
+    File(PathBuf),
+}
+
+fn format() -> ValueParser {
+    EnumValueParser::<Format>::new().map(Destination::Format).into()
+}
+
+/// A word that is a format stays one: a file of that name is written `./json`.
+pub(super) fn format_or_file() -> ValueParser {
+    PathBufValueParser::new()
+        .map(|path| match path.to_str().map(|word| <Format as ValueEnum>::from_str(word, false)) {
+            Some(Ok(format)) => Destination::Format(format),
+            _ => Destination::File(path),
+        })
+        .into()
 }
 
 /// Output formats.
@@ -123,6 +162,32 @@ pub enum Command {
         follow: bool,
     },
 
+    /// Show what happened, and go on as it happens
+    ///
+    /// State changes with their cause and what is done about it, steps of recoveries, groups that act, changes of
+    /// policies, and the daemon's own: started, reloaded, journal trouble.
+    Events(Events),
+
+    /// Look at and change how instances are watched and healed
+    ///
+    /// A setting comes from the topmost layer that has it: what an operator set, what the configuration says of the
+    /// instance (policies:), the defaults (profile: and policy:). A change is in force at once, for a running instance
+    /// too, and survives restarts of the daemon.
+    #[command(subcommand)]
+    Policy(Policy),
+
+    /// Look at groups: instances that fail and start together
+    #[command(subcommand)]
+    Group(Group),
+
+    /// Watch an instance without acting on it, while somebody works on it
+    #[command(subcommand)]
+    Maintenance(Maintenance),
+
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+
     /// Write manual pages or shell completions (for packages)
     #[command(hide = true)]
     Generate {
@@ -169,6 +234,11 @@ pub enum Daemon {
         #[arg(long)]
         graceful: bool,
     },
+    /// Read the configuration again and put what can be changed into force; no instance is touched
+    ///
+    /// All or nothing: a mistake anywhere leaves everything as it is. Policies, groups and history are taken up at once;
+    /// what needs a restart of the daemon is named.
+    Reload,
     /// Show the daemon, the machine's CPUs and the memory pool
     Status,
 }
@@ -186,10 +256,10 @@ pub struct Spawn {
     /// The initramfs; without one the instance runs the agent only
     #[arg(long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
-    /// Restart the instance after a confirmed failure
-    #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, default_missing_value = "true",
+    /// Restart the instance after a confirmed failure, or not (default: as its policy says)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
           action = clap::ArgAction::Set)]
-    pub monitor: bool,
+    pub monitor: Option<bool>,
     /// Seconds without a heartbeat until the instance is suspected
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub heartbeat_timeout: Option<f64>,
@@ -222,7 +292,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 /// Milliseconds since the Unix epoch.
-fn since(text: &str) -> Result<u64, String> {
+pub(super) fn since(text: &str) -> Result<u64, String> {
     let at = if let Ok(ago) = humantime::parse_duration(text) {
         std::time::SystemTime::now().checked_sub(ago).ok_or("that is before time began")?
     } else {
@@ -246,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn monitor_takes_a_value_and_defaults_to_true() {
+    fn monitor_takes_a_value_and_is_left_to_the_policy_without_one() {
         let spawn = |extra: &[&str]| {
             let mut v = vec!["kmorphctl", "spawn", "a", "--kernel=/k"];
             v.extend(extra);
@@ -255,9 +325,95 @@ mod tests {
                 _ => unreachable!(),
             }
         };
-        assert!(spawn(&[]));
-        assert!(spawn(&["--monitor"]));
-        assert!(!spawn(&["--monitor=false"]));
+        assert_eq!(spawn(&[]), None);
+        assert_eq!(spawn(&["--monitor"]), Some(true));
+        assert_eq!(spawn(&["--monitor=false"]), Some(false));
+    }
+
+    fn parse(words: &[&str]) -> Result<Args, clap::Error> {
+        Args::try_parse_from([&["kmorphctl"], words].concat())
+    }
+
+    #[test]
+    fn output_is_a_format_and_for_an_export_a_file_too() {
+        let export = |words: &[&str]| match parse(words) {
+            Ok(Args { command: Command::Policy(Policy::Export { file: None, output }), .. }) => output,
+            other => panic!("{other:?}"),
+        };
+        let file = |name: &str| Destination::File(name.into());
+        assert_eq!(export(&["policy", "export"]), Destination::Format(Format::Table));
+        assert_eq!(export(&["policy", "export", "--output=/tmp/p.yaml"]), file("/tmp/p.yaml"));
+        assert_eq!(export(&["policy", "export", "-o", "p"]), file("p"));
+        assert_eq!(export(&["policy", "export", "--output", "./json"]), file("./json"));
+        assert_eq!(export(&["policy", "export", "--output", "json"]), Destination::Format(Format::Json));
+        // The option may stand before the command as everywhere.
+        assert_eq!(export(&["--output", "json", "policy", "export"]), Destination::Format(Format::Json));
+        assert_eq!(export(&["--output", "json", "policy", "export", "-o", "p"]), file("p"));
+        assert_eq!(parse(&["policy", "export", "-o", "p"]).unwrap().format(), Format::Table);
+
+        for words in
+            [&["--output", "json", "list"][..], &["list", "-o", "json"], &["policy", "show", "-ojson"]]
+        {
+            assert_eq!(parse(words).unwrap().format(), Format::Json, "{words:?}");
+        }
+        assert_eq!(parse(&["list"]).unwrap().format(), Format::Table);
+        for words in [
+            &["list", "--output=/tmp/x"][..],
+            &["policy", "show", "--output=x"],
+            &["--output=x", "policy", "export"],
+        ] {
+            let e = parse(words).unwrap_err().to_string();
+            assert!(e.contains("table, json"), "{e}");
+        }
+    }
+
+    #[test]
+    fn settings_are_known_by_name() {
+        for words in [
+            &["policy", "set", "heartbeat-timeout", "web", "0.5"][..],
+            &["policy", "unset", "vmcore", "web"],
+            // What a value may be is the daemon's to say.
+            &["policy", "set", "fence-tries", "web", "-1"],
+        ] {
+            assert!(parse(words).is_ok(), "{words:?}");
+        }
+        let e = parse(&["policy", "set", "hart-beat", "web", "2"]).unwrap_err();
+        assert!(e.use_stderr());
+        let e = e.to_string();
+        assert!(e.contains("hart-beat") && e.contains("heartbeat-timeout"), "{e}");
+        assert!(parse(&["policy", "set", "vmcore", "web"]).is_err());
+    }
+
+    #[test]
+    fn operators_words_are_understood() {
+        match parse(&["events", "--instance=web", "--incident=3", "--since=1h", "--follow"]).unwrap().command
+        {
+            Command::Events(e) => {
+                assert_eq!((e.instance.as_deref(), e.incident, e.follow), (Some("web"), Some(3), true));
+                assert!(e.since.is_some());
+            }
+            other => panic!("{other:?}"),
+        }
+        match parse(&["policy", "import", "/tmp/p.yaml", "--dry-run"]).unwrap().command {
+            Command::Policy(Policy::Import { file, dry_run }) => {
+                assert_eq!((file, dry_run), (PathBuf::from("/tmp/p.yaml"), true));
+            }
+            other => panic!("{other:?}"),
+        }
+        for words in [
+            &["daemon", "reload"][..],
+            &["config", "check"],
+            &["config", "check", "/etc/k.conf"],
+            &["group", "list"],
+            &["group", "show", "shop"],
+            &["maintenance", "on", "web"],
+            &["maintenance", "off", "web"],
+            &["policy", "show"],
+            &["policy", "show", "--instance", "web"],
+        ] {
+            assert!(parse(words).is_ok(), "{words:?}");
+        }
+        assert!(parse(&["maintenance", "maybe", "web"]).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use kmorph_control::{
 };
 
 use crate::args::{Command, Metric, Spawn};
+use crate::operate;
 use crate::output::{self, Output};
 
 /// The daemon has another working directory: send it absolute paths of files that exist.
@@ -42,7 +43,11 @@ fn spawn_args(s: &Spawn) -> Result<SpawnArgs, OpError> {
 pub async fn run(command: &Command, socket: &Path, out: &Output) -> Result<(), OpError> {
     let connect = || Client::connect(socket);
     match command {
-        Command::Daemon(_) | Command::Generate { .. } => Ok(()), // have modules of their own
+        Command::Daemon(_) | Command::Generate { .. } | Command::Config(_) => Ok(()), // do without a request
+        Command::Events(args) => operate::events(args, socket, out).await,
+        Command::Policy(command) => operate::policy(command, socket, out).await,
+        Command::Group(command) => operate::group(command, socket, out).await,
+        Command::Maintenance(command) => operate::maintenance(command, socket, out).await,
         Command::Spawn(s) => {
             let request = Request::Spawn(spawn_args(s)?);
             let view: InstanceView = connect().await?.call(&request).await?;

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use kmorph_control::{Client, DaemonView, ErrorKind, OpError, Request};
+use kmorph_config::{Paths, own_folder};
+use kmorph_control::{Client, DaemonView, ErrorKind, OpError, ReloadView, Request};
 use tokio::time::{Instant, sleep};
 
 use crate::args::Daemon;
@@ -18,10 +19,19 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(20);
 const PROGRAM: &str = "kmorphd";
 
-pub async fn run(command: &Daemon, socket: &Path, out: &Output) -> Result<(), OpError> {
+pub async fn run(command: &Daemon, named: Option<&Path>, out: &Output) -> Result<(), OpError> {
+    let socket = &crate::socket(named);
     match command {
-        Daemon::Start { config, program } => start(config.as_deref(), program.as_deref(), socket, out).await,
+        Daemon::Start { config, program } => {
+            // Who starts a daemon starts one's own.
+            let own = named.map_or_else(|| Paths::current().socket, Path::to_owned);
+            start(config.as_deref(), program.as_deref(), &own, out).await
+        }
         Daemon::Stop { graceful } => stop(*graceful, socket, out).await,
+        Daemon::Reload => {
+            let view: ReloadView = Client::connect(socket).await?.call(&Request::DaemonReload).await?;
+            out.show(&view, output::operate::reload)
+        }
         Daemon::Status => {
             let view: DaemonView = Client::connect(socket).await?.call(&Request::DaemonStatus).await?;
             out.show(&view, output::daemon)
@@ -66,13 +76,7 @@ async fn start(
     let program = find(program);
     let log_path = socket.with_extension("log");
     if let Some(dir) = socket.parent() {
-        std::fs::create_dir_all(dir).map_err(|e| match e.kind() {
-            std::io::ErrorKind::PermissionDenied => OpError::new(
-                ErrorKind::Denied,
-                format!("cannot create {}: {e}; the daemon is started by root", dir.display()),
-            ),
-            _ => internal(&format!("cannot create {}", dir.display()), e),
-        })?;
+        own_folder(dir, "the control socket's folder")?;
     }
     let log = File::options().create(true).append(true).read(true).open(&log_path);
     let log = log.map_err(|e| internal(&format!("cannot write {}", log_path.display()), e))?;

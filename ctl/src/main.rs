@@ -4,11 +4,14 @@ mod args;
 mod commands;
 mod daemon;
 mod generate;
+mod operate;
 mod output;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use kmorph_config::Paths;
 use kmorph_control::{ErrorKind, OpError};
 
 use crate::args::{Args, Command};
@@ -28,7 +31,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    let out = Output::new(args.output);
+    let out = Output::new(args.format());
     let result = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -45,8 +48,18 @@ fn main() -> ExitCode {
 
 async fn run(args: &Args, out: &Output) -> Result<(), OpError> {
     match &args.command {
-        Command::Daemon(d) => daemon::run(d, &args.socket, out).await,
+        Command::Daemon(d) => daemon::run(d, args.socket.as_deref(), out).await,
         Command::Generate { what, dir } => generate::run(*what, dir),
-        other => commands::run(other, &args.socket, out).await,
+        Command::Config(command) => operate::config(command, out),
+        other => commands::run(other, &socket(args.socket.as_deref()), out).await,
     }
+}
+
+/// The daemon that is meant: one's own when there is one, else the machine's.
+fn socket(named: Option<&Path>) -> PathBuf {
+    if let Some(path) = named {
+        return path.into();
+    }
+    let (own, machine) = (Paths::current().socket, Paths::system().socket);
+    if !own.exists() && machine.exists() { machine } else { own }
 }

@@ -1,5 +1,7 @@
 //! Printing results.
 
+pub mod operate;
+
 use std::io::Write;
 
 use comfy_table::{Table, presets};
@@ -120,6 +122,11 @@ fn cpus(ids: &[u32]) -> String {
     ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }
 
+fn time(unix_ms: u64) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(unix_ms);
+    humantime::format_rfc3339_millis(at).to_string()
+}
+
 fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".into() } else { text.into() }
 }
@@ -128,20 +135,27 @@ pub fn instances(all: &[InstanceView], verbose: bool) -> String {
     if all.is_empty() {
         return "no instances: define one with kerf, then kmorphctl spawn <name> --kernel=<vmlinuz>\n".into();
     }
+    let grouped = all.iter().any(|i| i.group.is_some());
     let mut header = vec!["NAME", "ID", "CID", "STATE", "KERNEL", "HEARTBEAT", "RECOVERIES"];
+    if grouped {
+        header.push("GROUP");
+    }
     if verbose {
-        header.extend(["CPUS", "MEMORY", "TIMEOUT", "PULSE", "INCARNATION", "IMAGE"]);
+        header.extend(["CPUS", "MEMORY", "TIMEOUT", "PULSE", "INCARNATION", "AGENT-RESTARTS", "IMAGE"]);
     }
     let rows = all.iter().map(|i| {
         let mut row = vec![
             i.name.clone(),
             i.id.to_string(),
             i.cid.to_string(),
-            i.state.to_string(),
+            state(i),
             or_dash(&i.release),
             i.last_heartbeat_ms.map_or_else(|| "-".into(), |v| format!("{} ago", ms(Some(v)))),
             i.recoveries.to_string(),
         ];
+        if grouped {
+            row.push(i.group.clone().unwrap_or_else(|| "-".into()));
+        }
         if verbose {
             row.extend([
                 cpus(&i.cpus),
@@ -149,18 +163,29 @@ pub fn instances(all: &[InstanceView], verbose: bool) -> String {
                 ms(Some(i.heartbeat_timeout_ms)),
                 ms(i.pulse_age_ms),
                 i.incarnation.to_string(),
+                i.agent_restarts.to_string(),
                 or_dash(&i.kernel),
             ]);
         }
         row
     });
-    table(rows.collect(), &header)
+    let mut text = table(rows.collect(), &header);
+    // What an operator has to do something about is said below the table, in full.
+    for i in all.iter().filter(|i| !i.advice.is_empty()) {
+        text += &format!("{} is {}: {}; {}\n", i.name, i.state, i.reason, i.advice);
+    }
+    text
+}
+
+/// "RUNNING (maintenance)"
+fn state(i: &InstanceView) -> String {
+    if i.maintenance { format!("{} (maintenance)", i.state) } else { i.state.to_string() }
 }
 
 pub fn instance(i: &InstanceView) -> String {
-    let state = match i.last_heartbeat_ms {
-        Some(v) => format!("{} (last heartbeat: {} ago)", i.state, ms(Some(v))),
-        None => i.state.to_string(),
+    let status = match i.last_heartbeat_ms {
+        Some(v) => format!("{} (last heartbeat: {} ago)", state(i), ms(Some(v))),
+        None => state(i),
     };
     let memory = match i.memory_base {
         Some(base) => format!("{} at {base:#x}", mib(i.memory_bytes)),
@@ -168,8 +193,9 @@ pub fn instance(i: &InstanceView) -> String {
     };
     let mut rows = vec![
         ("Name:", i.name.clone()),
-        ("Status:", state),
+        ("Status:", status),
         ("Reason:", or_dash(&i.reason)),
+        ("What to do:", i.advice.clone()),
         ("Running kernel:", or_dash(&i.release)),
         ("Image:", or_dash(&i.kernel)),
         ("Instance, CID:", format!("{}, {}", i.id, i.cid)),
@@ -177,7 +203,9 @@ pub fn instance(i: &InstanceView) -> String {
         ("Memory:", memory),
         ("Incarnation:", i.incarnation.to_string()),
         ("Recoveries:", i.recoveries.to_string()),
-        ("Auto-heal:", if i.monitor { "enabled" } else { "disabled" }.into()),
+        ("Agent restarted:", format!("{} times by its guardian", i.agent_restarts)),
+        ("Group:", i.group.clone().unwrap_or_else(|| "-".into())),
+        ("Auto-heal:", auto_heal(i).into()),
         ("Heartbeat timeout:", ms(Some(i.heartbeat_timeout_ms))),
         ("Pulse seen:", i.pulse_age_ms.map_or_else(|| "-".into(), |v| format!("{} ago", ms(Some(v))))),
         ("Up:", i.uptime_s.map_or_else(|| "-".into(), |s| format!("{s:.1} s"))),
@@ -185,7 +213,16 @@ pub fn instance(i: &InstanceView) -> String {
     if let Some(n) = i.incident {
         rows.push(("Incident:", n.to_string()));
     }
+    rows.retain(|(name, value)| *name != "What to do:" || !value.is_empty());
     pairs(rows)
+}
+
+fn auto_heal(i: &InstanceView) -> &'static str {
+    match (i.maintenance, i.monitor) {
+        (true, _) => "not now: the instance is in maintenance",
+        (false, true) => "enabled",
+        (false, false) => "disabled",
+    }
 }
 
 pub fn heartbeat(h: &HeartbeatView) -> String {
@@ -253,6 +290,16 @@ pub fn daemon(d: &DaemonView) -> String {
         ("Memory pool:", format!("{}, {} free", mib(d.pool_bytes), mib(d.pool_free_bytes))),
         ("Own loop late by at most:", format!("{:.1} ms", d.max_lag_ms)),
         ("Metrics:", d.metrics.clone().unwrap_or_else(|| "off".into())),
+        (
+            "Journal:",
+            d.store_trouble.as_ref().map_or("written".into(), |why| {
+                format!("CANNOT BE WRITTEN: {why}; supervision goes on without history, make room or make it writable")
+            }),
+        ),
+        (
+            "Configuration:",
+            if d.config_files.is_empty() { "the defaults".into() } else { d.config_files.join(", ") },
+        ),
     ])
 }
 
@@ -263,11 +310,10 @@ pub fn step(s: &RecoveryStep) -> String {
         Some(false) => "  [not recovered]",
         None => "",
     };
-    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(s.at_unix_ms);
     format!(
         "#{:<3} {} {:<12} {:>+10.1} ms  {:<21} {}{end}\n",
         s.incident,
-        humantime::format_rfc3339_millis(at),
+        time(s.at_unix_ms),
         s.instance,
         s.offset_us as f64 / 1e3,
         s.phase,
@@ -282,6 +328,7 @@ pub fn line(l: &ConsoleLine) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kmorph_control::InstanceState;
 
     #[test]
     fn numbers_read_well() {
@@ -297,6 +344,81 @@ mod tests {
         let columns: Vec<usize> = text.lines().map(|l| l.len() - 1).collect();
         assert_eq!(columns[0], columns[1]);
         assert!(text.lines().all(|l| l == l.trim_end()));
+    }
+
+    #[test]
+    fn maintenance_group_advice_and_agent_restarts_are_shown() {
+        let plain = InstanceView {
+            name: "web".into(),
+            id: 1,
+            cid: 3,
+            state: InstanceState::Healthy,
+            reason: "it serves".into(),
+            advice: String::new(),
+            maintenance: false,
+            group: None,
+            agent_restarts: 0,
+            release: "6.1.0".into(),
+            kernel: "/boot/k".into(),
+            incarnation: 1,
+            recoveries: 0,
+            cpus: vec![2],
+            memory_bytes: 128 << 20,
+            memory_base: None,
+            monitor: true,
+            heartbeat_timeout_ms: 1000,
+            last_heartbeat_ms: None,
+            pulse_age_ms: None,
+            uptime_s: None,
+            incident: None,
+        };
+        let text = instances(std::slice::from_ref(&plain), false);
+        assert!(text.contains("RUNNING") && !text.contains("maintenance"), "{text}");
+        assert!(!text.contains("GROUP") && text.lines().count() == 2, "{text}");
+        assert!(!instance(&plain).contains("What to do:"));
+        let special = InstanceView {
+            maintenance: true,
+            group: Some("shop".into()),
+            advice: "kmorphctl recover web".into(),
+            agent_restarts: 7,
+            ..plain
+        };
+        let list = instances(std::slice::from_ref(&special), true);
+        for word in ["RUNNING (maintenance)", "shop", "AGENT-RESTARTS", " 7 ", "kmorphctl recover web\n"] {
+            assert!(list.contains(word), "{word:?} in\n{list}");
+        }
+        let status = instance(&special);
+        for word in ["RUNNING (maintenance)", "shop", "kmorphctl recover web", "7 times", "in maintenance"] {
+            assert!(status.contains(word), "{word:?} in\n{status}");
+        }
+    }
+
+    #[test]
+    fn the_daemon_says_its_files_and_its_trouble() {
+        let mut d = DaemonView {
+            version: "1".into(),
+            pid: 1,
+            uptime_s: 0.0,
+            platform: "process".into(),
+            running: 0,
+            instances: 0,
+            cpus_total: 4,
+            cpus_online: 4,
+            cpus_lent: 0,
+            pool_bytes: 0,
+            pool_free_bytes: 0,
+            max_lag_ms: 0.0,
+            metrics: None,
+            store_trouble: None,
+            config_files: Vec::new(),
+        };
+        let text = daemon(&d);
+        assert!(text.contains("the defaults") && !text.contains("CANNOT BE WRITTEN"), "{text}");
+        d.store_trouble = Some("the disk is full".into());
+        d.config_files = vec!["/etc/a.conf".into(), "/etc/a.conf.d/b.conf".into()];
+        let text = daemon(&d);
+        assert!(text.contains("CANNOT BE WRITTEN: the disk is full"), "{text}");
+        assert!(text.contains("/etc/a.conf, /etc/a.conf.d/b.conf"), "{text}");
     }
 
     #[test]

@@ -41,6 +41,7 @@ fn main() {
             memory: Some(MemoryMetrics { total: 16 << 30, available: 9 << 30, pressure }),
             io: Some(IoMetrics { probe_us: 312, pressure }),
         },
+        agent_restarts: 1,
     });
     let encoder = Encoder::new(Role::Control);
     let mut out = BytesMut::with_capacity(4096);

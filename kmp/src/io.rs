@@ -215,7 +215,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn request_and_answer_through_a_narrow_stream() {
         let (mut c, mut s) = pair(Role::Control).await;
-        c.queue(4, &HeartbeatReq { metrics: true }.into()).unwrap();
+        c.queue(4, &HeartbeatReq { metrics: true, ..Default::default() }.into()).unwrap();
         let server = async {
             let Event::Message { header, .. } = s.next().await else { panic!("no request") };
             s.queue(header.sequence, &HeartbeatRsp::default().into()).unwrap();

@@ -8,7 +8,8 @@
 //! * [`message`]: every message and its MessagePack payload;
 //! * [`session`]: one connection from HELLO to BYE, as a pure table;
 //! * [`requests`]: outstanding requests, retries and answers kept for repeated requests;
-//! * [`backoff`]: exponential backoff with seeded jitter.
+//! * [`backoff`]: exponential backoff with seeded jitter;
+//! * [`stand_in`]: what kernel stand-ins (processes instead of kernels) share with their platform.
 //!
 //! With the feature `tokio`, [`io::Connection`] runs a session on a byte stream. The protocol itself is
 //! described for implementers in `docs/protocol.md`.
@@ -20,6 +21,7 @@ pub mod io;
 pub mod message;
 pub mod requests;
 pub mod session;
+pub mod stand_in;
 pub mod version;
 
 /// vsock port the agent listens on.

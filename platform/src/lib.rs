@@ -2,9 +2,11 @@
 //!
 //! The supervisor drives every platform through one trait, [`Platform`]: it boots a kernel on CPUs
 //! and memory of its own, watches its pulse, fences it, takes its resources back, and opens
-//! connections to it. [`partition`] is the real thing: stock kernels started by `kmorph.ko`.
+//! connections to it. [`partition`] is the real thing: stock kernels started by `kmorph.ko`. [`process`] runs
+//! stand-ins as processes.
 
 pub mod partition;
+pub mod process;
 mod types;
 
 use async_trait::async_trait;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Identifies an instance: 1 to 511; 0 is the primary kernel.
+/// Identifies an instance: 1 to 511, on the process platform 1 to 65533; 0 is the primary kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstanceId(pub u16);

@@ -32,7 +32,8 @@ pub enum Right {
 }
 
 fn right(uid: u32, is_member: impl Fn(&str) -> bool) -> Right {
-    if uid == 0 || is_member(ADMIN_GROUP) {
+    // Who runs the daemon could change everything anyhow.
+    if uid == 0 || uid == Uid::effective().as_raw() || is_member(ADMIN_GROUP) {
         Right::Admin
     } else if is_member(READ_GROUP) {
         Right::Read
@@ -61,6 +62,21 @@ impl Peer {
         Ok(Peer { uid: c.uid(), pid: c.pid().unwrap_or(0), right })
     }
 
+    /// Whether there is anything it may do.
+    pub fn may_connect(&self) -> Result<(), OpError> {
+        match self.right {
+            Right::None => Err(self.denied(READ_GROUP)),
+            Right::Read | Right::Admin => Ok(()),
+        }
+    }
+
+    fn denied(&self, group: &str) -> OpError {
+        OpError::new(
+            ErrorKind::Denied,
+            format!("user {} may not do this: root and the group {group} may", self.uid),
+        )
+    }
+
     /// Whether a request is allowed.
     pub fn check(&self, request: &Request) -> Result<(), OpError> {
         let (need, group) =
@@ -68,10 +84,7 @@ impl Peer {
         if self.right >= need {
             return Ok(());
         }
-        Err(OpError::new(
-            ErrorKind::Denied,
-            format!("user {} may not do this: root and the group {group} may", self.uid),
-        ))
+        Err(self.denied(group))
     }
 }
 
@@ -97,6 +110,9 @@ mod tests {
         assert!(e.message.contains(ADMIN_GROUP), "{e}");
         assert!(peer(Right::Admin).check(&stop).is_ok());
         assert!(peer(Right::None).check(&Request::List).is_err());
+        assert!(peer(Right::Read).may_connect().is_ok());
+        let e = peer(Right::None).may_connect().unwrap_err();
+        assert_eq!((e.kind, e.message.contains(READ_GROUP)), (ErrorKind::Denied, true), "{e}");
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use kmorph_config::own_folder;
 use kmorph_control::{ErrorKind, OpError};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -21,7 +22,7 @@ pub fn take(path: &Path) -> Result<Lock, OpError> {
         )
     };
     if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).map_err(|e| io("create the folder of", &e))?;
+        own_folder(dir, "the folder of the lock")?;
     }
     let file = File::options()
         .create(true)

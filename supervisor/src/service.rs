@@ -1,8 +1,10 @@
 //! What each request of the control socket does.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use kmorph_actors::Tree;
 use kmorph_control::{
     ConsoleChunk, ConsoleLine, DaemonView, ErrorKind, InstanceState, OpError, RecoveryLogArgs, RecoveryStep,
@@ -12,8 +14,9 @@ use kmorph_platform::{CpuState, InstanceId, Platform, PlatformError};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, interval};
 
-use crate::server::Client;
-use crate::store::SqliteStore;
+use crate::server::{Client, Handler};
+use crate::settings::Configured;
+use crate::store::{FOLLOW_QUEUE, SqliteStore};
 
 /// How often a followed console is read again: there is no event for a line in another kernel's memory.
 const CONSOLE_PERIOD: Duration = Duration::from_millis(100);
@@ -21,7 +24,7 @@ const CONSOLE_PERIOD: Duration = Duration::from_millis(100);
 const CONSOLE_LINES: usize = 1000;
 
 /// States in which an instance has no CPUs and no memory.
-const IDLE: [InstanceState; 3] = [InstanceState::Defined, InstanceState::Stopped, InstanceState::Failed];
+const IDLE: [InstanceState; 3] = [InstanceState::Defined, InstanceState::Stopped, InstanceState::Degraded];
 
 /// Everything requests need.
 pub struct Service {
@@ -33,6 +36,8 @@ pub struct Service {
     pub store: SqliteStore,
     /// When the daemon started.
     pub started: Instant,
+    /// Configuration.
+    pub configured: Configured,
     /// Where metrics are served.
     pub metrics: Option<String>,
     /// Asks the daemon to end.
@@ -41,9 +46,12 @@ pub struct Service {
     pub ending: watch::Receiver<bool>,
 }
 
-impl Service {
-    /// Carry a request out. Stream items go to the client as they come; the result is encoded.
-    pub async fn handle(&self, request: &Request, client: &mut Client) -> Result<Vec<u8>, OpError> {
+#[async_trait]
+impl Handler for Service {
+    async fn handle(&self, request: &Request, client: &mut Client) -> Result<Vec<u8>, OpError> {
+        if let Some(result) = self.operate(request, client).await {
+            return result;
+        }
         match request {
             Request::DaemonStatus => encode(&self.status().await?),
             Request::DaemonStop { graceful } => {
@@ -69,9 +77,12 @@ impl Service {
                 self.console(name, *follow, client).await?;
                 encode(&())
             }
+            other => Err(OpError::new(ErrorKind::Internal, format!("{other:?} is not handled"))),
         }
     }
+}
 
+impl Service {
     /// Terminate every instance. One that cannot be keeps its daemon, which then goes on.
     async fn terminate_all(&self) -> Result<(), OpError> {
         let running = self.tree.list().await.into_iter().filter(|i| !IDLE.contains(&i.state));
@@ -98,6 +109,8 @@ impl Service {
             pool_free_bytes: inventory.free_bytes(),
             max_lag_ms: self.tree.max_lag().as_secs_f64() * 1e3,
             metrics: self.metrics.clone(),
+            store_trouble: self.store.trouble(),
+            config_files: self.configured.files(),
         })
     }
 
@@ -112,14 +125,22 @@ impl Service {
         }
         // Subscribed before the past is read, so nothing falls between.
         let mut news = self.store.follow();
-        let past = self.store.read_steps(filter.clone()).await?;
-        for step in &past {
-            client.item(step).await?;
+        let (mut past, mut after) = (VecDeque::new(), 0);
+        loop {
+            let some = self.store.read_some(filter, after).await?;
+            let Some((last, _)) = some.last() else { break };
+            after = *last;
+            for (_, step) in some {
+                client.item(&step).await?;
+                past.push_back(step);
+            }
+            past.drain(..past.len().saturating_sub(FOLLOW_QUEUE));
         }
         if !follow {
             return Ok(());
         }
-        let known = |s: &RecoveryStep| past.iter().rev().take(FOLLOW_OVERLAP).any(|p| p == s);
+        // Some may be both in what was read and in what is followed.
+        let known = |s: &RecoveryStep| past.contains(s);
         let mut ending = self.ending.clone();
         loop {
             let step = tokio::select! {
@@ -194,9 +215,6 @@ impl Service {
         }
     }
 }
-
-/// Steps that may be both in what was read and in what is followed.
-const FOLLOW_OVERLAP: usize = 64;
 
 /// The kind an operator sees.
 pub fn platform_error(e: &PlatformError) -> OpError {

@@ -52,3 +52,8 @@ pub fn metrics(address: SocketAddr) -> Result<(), OpError> {
     kmorph_actors::telemetry::describe();
     Ok(())
 }
+
+/// Whether the journal cannot be written.
+pub fn store_trouble(trouble: bool) {
+    metrics::gauge!("kmorph_store_degraded").set(if trouble { 1.0 } else { 0.0 });
+}

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use kmorph_actors::{Definitions, InstanceRecord, Policy, Store, StoreError, Tree, TreeConfig};
+use kmorph_actors::{Definitions, InstanceRecord, Store, StoreError, Tree, TreeConfig};
+use kmorph_config::Config;
 use kmorph_control::{ErrorKind, OpError, RecoveryLogArgs, RecoveryStep, decode, encode};
 use kmorph_platform::{InstanceSpec, Platform};
 
-use crate::config::Config;
 use crate::definitions::KerfDefinitions;
 use crate::store::SqliteStore;
 
@@ -15,32 +15,18 @@ use crate::store::SqliteStore;
 pub async fn start(
     config: &Config,
     platform: Arc<dyn Platform>,
-    store: &SqliteStore,
+    store: Arc<dyn Store>,
     definitions: KerfDefinitions,
 ) -> Result<Tree, OpError> {
     let tree = TreeConfig {
-        defaults: policy(config),
-        terminate_grace: config.recovery.terminate_grace.0,
+        settings: config.settings.clone(),
+        terminate_grace: config.terminate_grace,
         seed: seed(),
         ..TreeConfig::default()
     };
-    Tree::start(tree, platform, Arc::new(store.clone()), Arc::new(definitions))
+    Tree::start(tree, platform, store, Arc::new(definitions))
         .await
         .map_err(|e| OpError::new(ErrorKind::Internal, e.to_string()))
-}
-
-fn policy(config: &Config) -> Policy {
-    let (h, r) = (&config.heartbeat, &config.recovery);
-    Policy {
-        heartbeat_timeout: h.timeout.0,
-        pulse_period: h.pulse_period.0,
-        pulse_misses: h.pulse_misses,
-        boot_grace: r.boot_timeout.0,
-        restart_intensity: r.restart_intensity,
-        restart_period: r.restart_period.0,
-        restart_base: r.restart_delay.0,
-        ..Policy::default()
-    }
 }
 
 /// Jitter differs from daemon to daemon; it has no other secret.
@@ -66,6 +52,11 @@ impl Store for SqliteStore {
     async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
         let bytes = encode(record).map_err(failed)?;
         self.put_record(record.spec.name.clone(), bytes).await.map_err(failed)
+    }
+
+    async fn commit(&self, record: &InstanceRecord, steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        let bytes = encode(record).map_err(failed)?;
+        self.put_together(record.spec.name.clone(), bytes, steps.to_vec()).await.map_err(failed)
     }
 
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {

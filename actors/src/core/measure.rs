@@ -59,6 +59,12 @@ impl PulseTracker {
         }
     }
 
+    /// Another time without a beat counts as silence, from now on.
+    pub fn set_silence(&mut self, silence: Duration, now: Duration) {
+        self.silence = silence;
+        self.remeasure(now);
+    }
+
     /// When it was last seen to move.
     pub fn moved(&self) -> Option<Duration> {
         self.moved
@@ -192,6 +198,13 @@ impl BeatTracker {
             silent: false,
             stats: BeatStats::default(),
         }
+    }
+
+    /// Other times, from now on.
+    pub fn set_times(&mut self, interval: Duration, timeout: Duration, now: Duration) {
+        (self.interval, self.timeout) = (interval, timeout);
+        self.next = self.next.min(now + interval);
+        self.remeasure(now);
     }
 
     /// Count silence from now on.

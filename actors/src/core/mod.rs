@@ -1,5 +1,6 @@
 //! The decisions, as pure state machines.
 
+pub mod group;
 pub mod health;
 pub mod measure;
 pub mod policy;

@@ -33,7 +33,7 @@ const RECONNECT: Backoff =
 /// What a connection is asked to do.
 pub(crate) enum Command {
     /// Send a heartbeat request; the answer goes to the link.
-    Beat { serial: u64, metrics: bool, to: Link<HeartbeatMsg> },
+    Beat { serial: u64, metrics: bool, guardian_ms: u32, to: Link<HeartbeatMsg> },
     /// Ask the agent to stop its workload; the answer is what it did. The connection ends.
     Terminate { grace: Duration, reply: oneshot::Sender<Result<String, String>> },
 }
@@ -97,6 +97,8 @@ pub(crate) async fn run(args: ConnectionArgs, mut commands: mpsc::Receiver<Comma
         tokio::pin!(wait);
         loop {
             tokio::select! {
+                // In order, so that a simulated run replays exactly.
+                biased;
                 () = &mut wait => break,
                 command = commands.recv() => match command {
                     Some(command) => refuse(command, &mut why),
@@ -140,6 +142,8 @@ async fn open(
     tokio::pin!(attempt);
     loop {
         tokio::select! {
+                // In order, so that a simulated run replays exactly.
+                biased;
             opened = &mut attempt => return opened.map(Some),
             command = commands.recv() => match command {
                 Some(command) => refuse(command, &mut "it is not connected yet".to_owned()),
@@ -155,6 +159,8 @@ async fn serve(mut connection: Connection<Box<dyn Stream>>, commands: &mut mpsc:
     loop {
         let due = beats.next_due().map(|at| base + at);
         tokio::select! {
+                // In order, so that a simulated run replays exactly.
+                biased;
             event = connection.next() => match event {
                 Event::Message { header, message } => {
                     if let Some(over) = message_in(header, message, &mut beats, base, &mut connection).await {
@@ -174,11 +180,11 @@ async fn serve(mut connection: Connection<Box<dyn Stream>>, commands: &mut mpsc:
                     let _ = timeout(Duration::from_millis(100), connection.flush()).await;
                     return Over::Done;
                 }
-                Some(Command::Beat { serial, metrics, to }) => {
+                Some(Command::Beat { serial, metrics, guardian_ms, to }) => {
                     if connection.backlog() <= MAX_BACKLOG {
                         let sent = Instant::now();
                         let sequence = beats.begin_once(sent - base, BEAT_LIMIT, Beat { serial, sent, to });
-                        if let Err(error) = connection.queue(sequence, &HeartbeatReq { metrics }.into()) {
+                        if let Err(error) = connection.queue(sequence, &HeartbeatReq { metrics, guardian_ms }.into()) {
                             return Over::Lost(error.to_string());
                         }
                     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt;
-use kmorph_control::views::RecoveryStep;
+use kmorph_control::views::{EventKind, RecoveryStep};
 use kmorph_platform::{
     BootRequest, Booted, ExistingInstance, FenceReport, InstanceId, PlatformError, ReclaimReport,
 };
@@ -16,6 +16,7 @@ use tracing::{error, info, warn};
 use super::children::{ChildDef, Started};
 use super::instance::{Env, InstanceMsg};
 use super::link::Link;
+use super::log::Draft;
 use crate::core::supervisor::ChildSpec;
 use crate::store::{InstanceRecord, StoreError};
 use crate::telemetry;
@@ -75,6 +76,8 @@ pub(crate) struct Run {
 /// Messages of the recovery actor.
 pub(crate) enum EffectsMsg {
     Run(Box<Run>),
+    /// Tell this, after what was asked for before.
+    Announce(Box<Draft>),
     #[cfg(test)]
     Panic,
 }
@@ -88,18 +91,31 @@ pub(crate) struct Incident {
 
 /// What outlives the actors of an instance.
 #[derive(Clone, Default)]
-pub(crate) struct SharedIncident(Arc<Mutex<Option<Incident>>>);
+pub(crate) struct SharedIncident(Arc<Mutex<(Option<Incident>, Option<u64>)>>);
 
 impl SharedIncident {
     pub(crate) fn get(&self) -> Option<Incident> {
-        *self.lock()
+        self.lock().0
     }
 
     pub(crate) fn set(&self, incident: Option<Incident>) {
-        *self.lock() = incident;
+        let mut inner = self.lock();
+        inner.0 = incident;
+        if let Some(incident) = incident {
+            inner.1 = Some(incident.number);
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Incident>> {
+    /// The open incident, or the one that ended just now.
+    fn latest(&self) -> Option<u64> {
+        self.lock().1
+    }
+
+    fn forget(&self) {
+        self.lock().1 = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Option<Incident>, Option<u64>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -157,22 +173,37 @@ impl EffectsArgs {
         if *self.progress.lock() >= (run.epoch, run.op) {
             return;
         }
+        let mut steps = Vec::new();
+        let mut ended = None;
         for order in &run.orders {
             match order {
                 Order::Open { noticed } => {
-                    let number = self
-                        .store("number an incident", self.env.store.next_incident())
-                        .await
-                        .unwrap_or_default();
+                    let number = self.number().await;
                     self.incident.set(Some(Incident { number, noticed: *noticed }));
                 }
                 Order::Journal { phase, detail, recovered, at, at_unix_ms } => {
-                    self.journal(&run.record, phase, detail, *recovered, *at, *at_unix_ms).await;
+                    let step = self.step(&run.record, phase, detail, *recovered, *at, *at_unix_ms);
+                    if let (Some(_), Some(recovered)) = (&step, recovered) {
+                        let noticed = self.incident.get().map_or(*at, |i| i.noticed);
+                        ended = Some((*recovered, at.saturating_duration_since(noticed)));
+                        self.incident.set(None);
+                    }
+                    steps.extend(step);
                 }
             }
         }
         run.record.incident = self.incident.get().map_or(0, |i| i.number);
-        self.store("save the instance", self.env.store.save_instance(&run.record)).await;
+        self.store("write down what comes next", self.env.store.commit(&run.record, &steps)).await;
+        for step in steps {
+            let mut draft = Draft::new(EventKind::Recovery, step.detail)
+                .of(&self.name, self.env.group_of(&self.name), step.incarnation)
+                .transition(None, step.phase);
+            draft.incident = Some(step.incident);
+            self.env.log.say(draft);
+        }
+        if let Some((recovered, took)) = ended {
+            telemetry::recovery_end(&self.name, recovered, took);
+        }
         *self.progress.lock() = (run.epoch, run.op);
         self.owner.send(InstanceMsg::Ran { epoch: run.epoch, op: run.op });
         if let Some(effect) = run.effect {
@@ -180,7 +211,23 @@ impl EffectsArgs {
         }
     }
 
-    async fn journal(
+    /// The number of a new incident. Failures in a group that follow from one another share one.
+    async fn number(&self) -> u64 {
+        let group = self.env.group_of(&self.name);
+        if let Some(number) = group.as_ref().and_then(|g| self.env.incidents.get(g)) {
+            return number;
+        }
+        // One that cannot be numbered in turn takes the wall clock: no other has that number.
+        let number = self.store("number an incident", self.env.store.next_incident()).await;
+        let number = number.unwrap_or_else(unix_ms);
+        match group {
+            Some(group) => self.env.incidents.open(&group, number),
+            None => number,
+        }
+    }
+
+    /// A step as it is written down; none outside an incident.
+    fn step(
         &self,
         record: &InstanceRecord,
         phase: &'static str,
@@ -188,10 +235,10 @@ impl EffectsArgs {
         recovered: Option<bool>,
         at: Instant,
         at_unix_ms: u64,
-    ) {
+    ) -> Option<RecoveryStep> {
         let Some(incident) = self.incident.get() else {
             info!(instance = %self.name, incarnation = record.incarnation, phase, "{detail}");
-            return;
+            return None;
         };
         let offset = at.saturating_duration_since(incident.noticed);
         info!(
@@ -199,7 +246,7 @@ impl EffectsArgs {
             offset_us = offset.as_micros() as u64, "{detail}"
         );
         telemetry::recovery_step(phase);
-        let step = RecoveryStep {
+        Some(RecoveryStep {
             incident: incident.number,
             instance: self.name.clone(),
             incarnation: record.incarnation,
@@ -208,12 +255,7 @@ impl EffectsArgs {
             phase: phase.to_owned(),
             detail: detail.to_owned(),
             recovered,
-        };
-        self.store("journal a step", self.env.store.journal(&step)).await;
-        if let Some(recovered) = recovered {
-            self.incident.set(None);
-            telemetry::recovery_end(&self.name, recovered, offset);
-        }
+        })
     }
 
     /// Start the effect in a task of its own and see to it that a result comes back.
@@ -334,6 +376,14 @@ impl Actor for Effects {
         state.link.taken();
         match message {
             EffectsMsg::Run(run) => state.run(*run).await,
+            EffectsMsg::Announce(mut draft) => {
+                draft.incident = state.incident.latest().filter(|_| draft.kind == EventKind::State);
+                if state.incident.get().is_none() {
+                    // What follows belongs to no incident.
+                    state.incident.forget();
+                }
+                state.env.log.say(*draft);
+            }
             #[cfg(test)]
             EffectsMsg::Panic => panic!("asked to panic"),
         }

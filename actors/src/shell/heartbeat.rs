@@ -30,6 +30,8 @@ const MAX_PINGS: usize = 16;
 pub(crate) enum HeartbeatMsg {
     /// Watch this life of the instance.
     Watch { incarnation: u64, policy: Policy },
+    /// Go on watching by another policy; silence counts from now.
+    Policy(Policy),
     /// Watch nothing.
     Idle,
     /// The timer rang; it should have at `due`.
@@ -56,6 +58,7 @@ pub(crate) struct Readings {
     pub(crate) pulse_moved: Option<Instant>,
     pub(crate) pulse_count: Option<u64>,
     pub(crate) metrics: Option<(Instant, Metrics)>,
+    pub(crate) agent_restarts: u32,
 }
 
 /// [`Readings`] shared with the instance actor.
@@ -139,6 +142,16 @@ impl HeartbeatState {
         self.arm(Duration::ZERO);
     }
 
+    fn policy(&mut self, policy: Policy) {
+        let now = self.now();
+        let Some(w) = &mut self.watched else { return };
+        w.policy = policy;
+        w.pulse.set_silence(policy.pulse_silence(), now);
+        w.beats.set_times(policy.heartbeat_interval(), policy.heartbeat_timeout, now);
+        self.quiet();
+        self.arm(Duration::ZERO);
+    }
+
     fn tell(&self, incarnation: u64, event: Event) {
         self.args.owner.send(InstanceMsg::Seen { incarnation, event });
     }
@@ -213,7 +226,9 @@ impl HeartbeatState {
         let w = self.watched.as_mut()?;
         let serial = w.beats.send(now);
         let (id, incarnation, to) = (self.args.id, w.incarnation, self.args.link.clone());
-        self.args.env.transport.send(TransportMsg::Beat { id, incarnation, serial, metrics: true, to });
+        let guardian_ms = w.policy.guardian_ms();
+        let beat = TransportMsg::Beat { id, incarnation, serial, metrics: true, guardian_ms, to };
+        self.args.env.transport.send(beat);
         Some(serial)
     }
 
@@ -246,6 +261,11 @@ impl HeartbeatState {
         let mut readings = self.args.readings.lock();
         readings.stats = w.beats.stats();
         readings.answered = Some(Instant::now());
+        let restarts = answer.agent_restarts;
+        if readings.agent_restarts != restarts {
+            readings.agent_restarts = restarts;
+            self.args.owner.send(InstanceMsg::AgentRestarted { incarnation, restarts });
+        }
         let m = answer.metrics;
         if m.cpu.is_some() || m.memory.is_some() || m.io.is_some() {
             readings.metrics = Some((Instant::now(), m));
@@ -281,6 +301,7 @@ impl Actor for Heartbeat {
         state.args.link.taken();
         match message {
             HeartbeatMsg::Watch { incarnation, policy } => state.watch(incarnation, policy),
+            HeartbeatMsg::Policy(policy) => state.policy(policy),
             HeartbeatMsg::Idle => {
                 state.quiet();
                 state.watched = None;

@@ -5,9 +5,12 @@ mod connection;
 mod directory;
 mod effects;
 mod events;
+mod groups;
 mod heartbeat;
 mod instance;
 mod link;
+pub mod log;
+mod policies;
 pub mod service;
 mod supervisor;
 #[cfg(test)]

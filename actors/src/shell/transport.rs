@@ -25,7 +25,14 @@ const QUEUE: usize = 16;
 /// Messages of the transport.
 pub(crate) enum TransportMsg {
     /// Send a heartbeat request to this life of an instance.
-    Beat { id: InstanceId, incarnation: u64, serial: u64, metrics: bool, to: Link<HeartbeatMsg> },
+    Beat {
+        id: InstanceId,
+        incarnation: u64,
+        serial: u64,
+        metrics: bool,
+        guardian_ms: u32,
+        to: Link<HeartbeatMsg>,
+    },
     /// Ask the agent to stop its workload.
     Terminate {
         id: InstanceId,
@@ -125,10 +132,10 @@ impl Actor for Transport {
     ) -> Result<(), ActorProcessingErr> {
         state.args.link.taken();
         match message {
-            TransportMsg::Beat { id, incarnation, serial, metrics, to } => {
+            TransportMsg::Beat { id, incarnation, serial, metrics, guardian_ms, to } => {
                 if let Some(connection) = state.connection(id, incarnation) {
                     // A full queue means a stuck connection: this heartbeat will count as missed.
-                    let _ = connection.try_send(Command::Beat { serial, metrics, to });
+                    let _ = connection.try_send(Command::Beat { serial, metrics, guardian_ms, to });
                 }
             }
             TransportMsg::Terminate { id, incarnation, grace, reply } => {

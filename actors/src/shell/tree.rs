@@ -1,7 +1,7 @@
 //! The tree as kmorphd uses it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use kmorph_control::error::{ErrorKind, OpError};
@@ -18,29 +18,31 @@ use tracing::{info, warn};
 use super::children::ChildDef;
 use super::directory::Directory;
 use super::events::{self, EventsArgs};
+use super::groups::{self, GroupIncidents, GroupsArgs};
 use super::heartbeat::HeartbeatMsg;
 use super::instance::{self, Env, Instance, InstanceArgs, InstanceMsg, Plan, Reply};
 use super::link::Link;
+use super::log::EventLog;
 use super::service::Service;
 use super::supervisor::{SupervisorActor, SupervisorArgs, SupervisorMsg, supervisor_child};
 use super::transport::{self, TransportArgs};
 use super::view;
 use crate::config::{Definitions, StartError, TreeConfig};
-use crate::core::policy::Policy;
+use crate::core::policy::{Key, Patch, Policy};
 use crate::core::recovery::{Phase, Saved};
 use crate::core::supervisor::{ChildSpec, Flags, Shutdown};
 use crate::store::{InstanceRecord, Store};
 use crate::telemetry::Lag;
 
 /// Longest wait for an actor's answer that needs no work.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Longest wait for a heartbeat by hand.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 
 /// The running supervision tree.
 pub struct Tree {
-    env: Arc<Env>,
-    directory: Directory,
+    pub(super) env: Arc<Env>,
+    pub(super) directory: Directory,
     definitions: Arc<dyn Definitions>,
     root: ActorRef<SupervisorMsg>,
     instances: Link<SupervisorMsg>,
@@ -48,7 +50,7 @@ pub struct Tree {
     admission: Mutex<()>,
 }
 
-fn gone(what: &str) -> OpError {
+pub(super) fn gone(what: &str) -> OpError {
     OpError::new(ErrorKind::Internal, format!("{what} is being restarted: try again"))
 }
 
@@ -88,6 +90,10 @@ impl Tree {
             transport: transport.clone(),
             lag: Lag::default(),
             base: Instant::now(),
+            log: EventLog::default(),
+            groups: Link::new("groups"),
+            incidents: GroupIncidents::default(),
+            settings: RwLock::new(config.settings.clone()),
         });
         remember(&env, &directory, &definitions).await?;
 
@@ -101,6 +107,7 @@ impl Tree {
                 seed: config.seed,
             }),
             instances_child(&env, &directory, &instances),
+            groups::child(GroupsArgs { env: env.clone(), directory: directory.clone() }),
             events::child(EventsArgs {
                 source: platform.take_events().map(|r| Arc::new(Mutex::new(r))),
                 directory: directory.clone(),
@@ -129,12 +136,16 @@ impl Tree {
     /// everything back and says why, with the last lines of the instance's console.
     pub async fn spawn(&self, args: SpawnArgs) -> Result<InstanceView, OpError> {
         let spec = self.definition(&args.name).await?;
-        let policy = self.policy(&args)?;
         let known = self.directory.get(&args.name);
+        let before = known.as_ref().map(|i| i.record().overrides.clone()).unwrap_or_default();
+        let overrides = overrides(&args, before)?;
+        let policy = self.env.settings().policy(&args.name, &overrides);
+        let policy = policy.map_err(|e| OpError::new(ErrorKind::Usage, format!("policy: {e}")))?;
         let incarnation = known.as_ref().map_or(1, |i| i.record().incarnation + 1);
         let plan = Plan {
             spec: spec.clone(),
             policy,
+            overrides,
             kernel: PathBuf::from(&args.kernel),
             initramfs: args.initramfs.as_ref().map(PathBuf::from),
             cmdline: args.cmdline.clone().unwrap_or_default(),
@@ -190,7 +201,7 @@ impl Tree {
         match tokio::task::spawn_blocking(move || definitions.all()).await {
             Ok(specs) => {
                 for spec in specs.iter().filter(|s| self.directory.get(&s.name).is_none()) {
-                    views.push(view::defined(spec, &self.env.config.policy(&spec.name)));
+                    views.push(self.defined(spec));
                 }
             }
             Err(error) => warn!(%error, "definitions cannot be read"),
@@ -203,7 +214,7 @@ impl Tree {
     pub async fn status(&self, name: &str) -> Result<InstanceView, OpError> {
         match self.directory.get(name) {
             Some(instance) => self.view(&instance).await,
-            None => Ok(view::defined(&self.definition(name).await?, &self.env.config.policy(name))),
+            None => Ok(self.defined(&self.definition(name).await?)),
         }
     }
 
@@ -260,17 +271,8 @@ impl Tree {
     pub async fn policy_of(&self, name: &str) -> Result<Policy, OpError> {
         match self.directory.get(name) {
             Some(instance) => Ok(instance.record().policy),
-            None => self.definition(name).await.map(|_| self.env.config.policy(name)),
+            None => self.definition(name).await.map(|_| self.env.policy(name, &Patch::default())),
         }
-    }
-
-    /// Change the policy of an instance, at once and durably.
-    pub async fn set_policy(&self, name: &str, policy: Policy) -> Result<(), OpError> {
-        let instance = match self.directory.get(name) {
-            Some(instance) => instance,
-            None => self.admit(self.definition(name).await?, policy).await?,
-        };
-        if instance.link.send(InstanceMsg::SetPolicy(policy)) { Ok(()) } else { Err(gone("its actor")) }
     }
 
     /// The latest that a timer of the daemon came since it started.
@@ -301,34 +303,34 @@ impl Tree {
     }
 
     #[cfg(test)]
+    pub(crate) fn env_for_test(&self) -> &Env {
+        &self.env
+    }
+
+    /// As kill -9 would: nothing is said, nothing is waited for.
+    #[cfg(test)]
+    pub(crate) fn kill_for_test(&self) {
+        self.root.get_cell().kill();
+    }
+
+    #[cfg(test)]
     pub(crate) fn instance_for_test(&self, name: &str) -> Arc<Instance> {
         self.directory.get(name).unwrap()
     }
 
     // Inside.
 
-    async fn definition(&self, name: &str) -> Result<InstanceSpec, OpError> {
+    fn defined(&self, spec: &InstanceSpec) -> InstanceView {
+        let mut view = view::defined(spec, &self.env.policy(&spec.name, &Patch::default()));
+        view.group = self.env.group_of(&spec.name);
+        view
+    }
+
+    pub(super) async fn definition(&self, name: &str) -> Result<InstanceSpec, OpError> {
         let (definitions, name) = (self.definitions.clone(), name.to_owned());
         tokio::task::spawn_blocking(move || definitions.load(&name))
             .await
             .map_err(|e| OpError::new(ErrorKind::Internal, format!("read a definition: {e}")))?
-    }
-
-    fn policy(&self, args: &SpawnArgs) -> Result<Policy, OpError> {
-        let mut policy = self.env.config.policy(&args.name);
-        policy.auto_heal = args.monitor;
-        let seconds = |what: &str, s: f64| {
-            Duration::try_from_secs_f64(s).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
-                OpError::new(ErrorKind::Usage, format!("the {what} is {s} seconds; it has to be more than 0"))
-            })
-        };
-        if let Some(s) = args.heartbeat_timeout_s {
-            policy.heartbeat_timeout = seconds("heartbeat timeout", s)?;
-        }
-        if let Some(s) = args.boot_timeout_s {
-            policy.boot_grace = seconds("boot timeout", s)?;
-        }
-        Ok(policy)
     }
 
     /// Whether a start would be accepted, so that its request is worth checking; if not, the instance's own
@@ -338,7 +340,10 @@ impl Tree {
             None => true,
             Some(instance) => match self.view(instance).await {
                 Ok(v) => {
-                    matches!(v.state, InstanceState::Defined | InstanceState::Stopped | InstanceState::Failed)
+                    matches!(
+                        v.state,
+                        InstanceState::Defined | InstanceState::Stopped | InstanceState::Degraded
+                    )
                 }
                 Err(_) => false,
             },
@@ -346,7 +351,7 @@ impl Tree {
     }
 
     /// The instance with this definition, known from now on.
-    async fn admit(&self, spec: InstanceSpec, policy: Policy) -> Result<Arc<Instance>, OpError> {
+    pub(super) async fn admit(&self, spec: InstanceSpec, policy: Policy) -> Result<Arc<Instance>, OpError> {
         let _one_at_a_time = self.admission.lock().await;
         if let Some(instance) = self.directory.get(&spec.name) {
             if instance.id == spec.id {
@@ -389,7 +394,7 @@ impl Tree {
         self.ask(instance, InstanceMsg::View).await
     }
 
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         instance: &Instance,
         message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
@@ -430,6 +435,24 @@ impl Tree {
     }
 }
 
+/// What an operator set of an instance, with what he asks for now.
+fn overrides(args: &SpawnArgs, mut overrides: Patch) -> Result<Patch, OpError> {
+    let mut set = |key: Key, value: String| {
+        let result = overrides.set(key, &value);
+        result.map_err(|e| OpError::new(ErrorKind::Usage, e.to_string()))
+    };
+    if let Some(monitor) = args.monitor {
+        set(Key::AutoHeal, if monitor { "enabled" } else { "disabled" }.into())?;
+    }
+    if let Some(seconds) = args.heartbeat_timeout_s {
+        set(Key::HeartbeatTimeout, seconds.to_string())?;
+    }
+    if let Some(seconds) = args.boot_timeout_s {
+        set(Key::BootTimeout, seconds.to_string())?;
+    }
+    Ok(overrides)
+}
+
 /// Have a supervisor start a child.
 async fn add(send: impl FnOnce(SupervisorMsg) -> bool, def: ChildDef) -> Result<(), String> {
     let (reply, answer) = oneshot::channel();
@@ -463,8 +486,9 @@ async fn remember(
     directory: &Directory,
     definitions: &Arc<dyn Definitions>,
 ) -> Result<(), StartError> {
-    for record in env.store.load_instances().await? {
+    for mut record in env.store.load_instances().await? {
         let name = record.spec.name.clone();
+        record.policy = env.policy(&name, &record.overrides);
         if !directory.insert(Arc::new(Instance::new(record))) {
             warn!(instance = %name, "remembered twice under its name or id: the second is ignored");
         }
@@ -482,8 +506,11 @@ async fn remember(
             continue;
         };
         info!(instance = %spec.name, incarnation = e.incarnation, "runs here and is not remembered: adopted without auto-heal");
-        let policy = Policy { auto_heal: false, ..env.config.policy(&spec.name) };
-        let mut record = InstanceRecord::new(spec.clone(), policy);
+        let mut overrides = Patch::default();
+        // The value is one of those allowed.
+        let _ = overrides.set(Key::AutoHeal, "disabled");
+        let mut record = InstanceRecord::new(spec.clone(), env.policy(&spec.name, &overrides));
+        record.overrides = overrides;
         record.incarnation = e.incarnation;
         record.region = Some(e.region);
         record.saved = Saved { phase: Phase::Monitoring, held: true, ..Saved::default() };

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::effects::Incident;
 use super::heartbeat::Readings;
 use crate::core::health::{Missing, State as HealthState};
-use crate::core::policy::{Policy, hang_bound};
+use crate::core::policy::{AgentSilent, Policy, hang_bound};
 use crate::core::recovery::{Goal, Phase, Saved};
 use crate::store::InstanceRecord;
 
@@ -40,6 +40,7 @@ pub(crate) fn state(phase: Phase, saved: Saved, health: &HealthState, started: b
         | Phase::PreparingRecovery
         | Phase::CapturingVmcore
         | Phase::ReclaimingResources
+        | Phase::Held
         | Phase::Restarting => InstanceState::Recovering,
         Phase::Monitoring => match health {
             HealthState::Healthy => InstanceState::Healthy,
@@ -50,7 +51,7 @@ pub(crate) fn state(phase: Phase, saved: Saved, health: &HealthState, started: b
         },
         Phase::DetectingFailure => InstanceState::Suspect,
         Phase::PartialFence => InstanceState::PartialFence,
-        Phase::Failed => InstanceState::Failed,
+        Phase::Degraded => InstanceState::Degraded,
     }
 }
 
@@ -67,6 +68,31 @@ pub(crate) fn trouble(health: &HealthState) -> String {
             "neither its kernel's pulse nor its agent is heard: being probed".into()
         }
         _ => "its agent does not answer while its kernel lives: its user space is dead or starved".into(),
+    }
+}
+
+/// What an operator can do about an instance that does not run as it should.
+pub(crate) fn advice(record: &InstanceRecord, state: InstanceState) -> String {
+    let name = &record.spec.name;
+    match state {
+        InstanceState::Degraded => format!(
+            "look at kmorphctl console {name} and kmorphctl recovery-log --instance={name}, then kmorphctl recover {name} or kmorphctl terminate {name}"
+        ),
+        InstanceState::PartialFence => {
+            format!(
+                "a CPU may still run: kmorphctl recover {name} tries to stop it again; else restart the machine"
+            )
+        }
+        InstanceState::AgentSilent => match record.policy.agent_silent {
+            AgentSilent::Restart => format!(
+                "its guardian restarts its agent; if that does not help: kmorphctl console {name}, kmorphctl recover {name}"
+            ),
+            AgentSilent::Notify => format!("kmorphctl console {name}, then kmorphctl recover {name}"),
+        },
+        InstanceState::Suspect if record.saved.phase == Phase::DetectingFailure => {
+            format!("kmorphctl recover {name} or kmorphctl terminate {name}")
+        }
+        _ => String::new(),
     }
 }
 
@@ -97,6 +123,10 @@ pub(crate) fn instance(
         cid: spec.id.cid(),
         state,
         reason: record.reason.clone(),
+        advice: advice(record, state),
+        maintenance: record.maintenance,
+        group: None,
+        agent_restarts: 0,
         release: record.release.clone(),
         kernel: record.kernel.display().to_string(),
         incarnation: record.incarnation,

@@ -21,7 +21,7 @@ fn all(decoder: &mut Decoder, mut input: &[u8]) -> Result<Vec<Frame>, FrameError
 }
 
 fn sample() -> Message {
-    Message::HeartbeatReq(HeartbeatReq { metrics: true })
+    Message::HeartbeatReq(HeartbeatReq { metrics: true, ..HeartbeatReq::default() })
 }
 
 /// Recompute the checksum of a frame whose header was changed.

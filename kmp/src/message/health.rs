@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::wire::{short, short_option};
+use super::wire::{is_zero, short, short_option};
 
 /// CPU figures.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -67,7 +67,14 @@ pub struct Metrics {
 pub struct HeartbeatReq {
     /// Whether the answer should carry metrics.
     pub metrics: bool,
+    /// What the agent's guardian is to do: 0 restarts the agent when it ends, [`GUARDIAN_OFF`] never
+    /// restarts it, anything else also restarts it when it was stuck for so many milliseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub guardian_ms: u32,
 }
+
+/// [`HeartbeatReq::guardian_ms`] of a guardian that restarts nothing: the operator is told only.
+pub const GUARDIAN_OFF: u32 = u32::MAX;
 
 /// A heartbeat. With every field present its frame stays under 256 bytes, which the vsock transport
 /// carries on one interrupt.
@@ -85,6 +92,9 @@ pub struct HeartbeatRsp {
     pub agent_pid: Option<u32>,
     /// Metrics, empty when not asked for.
     pub metrics: Metrics,
+    /// How often the guardian has restarted the agent since the kernel booted.
+    #[serde(rename = "rst", skip_serializing_if = "is_zero")]
+    pub agent_restarts: u32,
 }
 
 /// How an agent judges its own instance.

@@ -87,10 +87,14 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         ".{0,30}".prop_map(|detail| ByeAck { detail }.into()),
     ];
     let health = prop_oneof![
-        any::<bool>().prop_map(|metrics| HeartbeatReq { metrics }.into()),
-        (any::<u64>(), any::<Option<u64>>(), any::<Option<u32>>(), metrics()).prop_map(
-            |(i, u, p, metrics)| {
-                HeartbeatRsp { incarnation: i, uptime_ns: u, agent_pid: p, metrics }.into()
+        (any::<bool>(), any::<u32>()).prop_map(|(metrics, guardian_ms)| HeartbeatReq {
+            metrics,
+            guardian_ms
+        }
+        .into()),
+        (any::<(u64, Option<u64>, Option<u32>, u32)>(), metrics()).prop_map(
+            |((incarnation, uptime_ns, agent_pid, agent_restarts), metrics)| {
+                HeartbeatRsp { incarnation, uptime_ns, agent_pid, metrics, agent_restarts }.into()
             }
         ),
         (0..3, ".{0,30}", metrics()).prop_map(|(l, reason, metrics)| {
@@ -191,9 +195,55 @@ fn unknown_types_and_bad_payloads_are_told_apart() {
 fn missing_fields_have_defaults_and_unknown_ones_are_skipped() {
     // {"metrics": true, "later": {"a": [1, 2]}}
     let newer = b"\x82\xa7metrics\xc3\xa5later\x81\xa1a\x92\x01\x02";
-    assert_eq!(Message::read(0x0101, newer).unwrap(), HeartbeatReq { metrics: true }.into());
-    assert_eq!(Message::read(0x0101, b"\x80").unwrap(), HeartbeatReq { metrics: false }.into());
+    assert_eq!(Message::read(0x0101, newer).unwrap(), HeartbeatReq { metrics: true, guardian_ms: 0 }.into());
+    assert_eq!(Message::read(0x0101, b"\x80").unwrap(), HeartbeatReq::default().into());
     assert_eq!(Message::read(0x0101, b"").unwrap(), HeartbeatReq::default().into());
+}
+
+/// Heartbeats as the release before this one wrote and reads them.
+mod before {
+    use serde::{Deserialize, Serialize};
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(default)]
+    pub struct HeartbeatReq {
+        pub metrics: bool,
+    }
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(default)]
+    pub struct HeartbeatRsp {
+        pub inc: u64,
+        pub metrics: super::Metrics,
+    }
+}
+
+#[test]
+fn the_guardians_fields_are_nothing_to_the_release_before() {
+    let written = |m: &Message| {
+        let mut out = Vec::new();
+        m.write_payload(&mut out).unwrap();
+        out
+    };
+    let req = |guardian_ms| Message::from(HeartbeatReq { metrics: true, guardian_ms });
+    let rsp =
+        |agent_restarts| Message::from(HeartbeatRsp { incarnation: 7, agent_restarts, ..Default::default() });
+    // Unused, they are not on the wire at all.
+    let old = before::HeartbeatReq { metrics: true };
+    assert_eq!(written(&req(0)), rmp_serde::to_vec_named(&old).unwrap());
+    let old_rsp = before::HeartbeatRsp { inc: 7, ..Default::default() };
+    assert_eq!(written(&rsp(0)), rmp_serde::to_vec_named(&old_rsp).unwrap());
+    // Used, the release before skips them.
+    for ms in [1, 250, GUARDIAN_OFF] {
+        let read: before::HeartbeatReq = rmp_serde::from_slice(&written(&req(ms))).unwrap();
+        assert_eq!(read, old);
+        assert_eq!(round_trip(&req(ms)), req(ms));
+    }
+    let read: before::HeartbeatRsp = rmp_serde::from_slice(&written(&rsp(3))).unwrap();
+    assert_eq!(read, old_rsp);
+    // And what it writes reads as "on exit only" and "never restarted".
+    assert_eq!(Message::read(0x0101, &rmp_serde::to_vec_named(&old).unwrap()).unwrap(), req(0));
+    assert_eq!(Message::read(0x0102, &rmp_serde::to_vec_named(&old_rsp).unwrap()).unwrap(), rsp(0));
 }
 
 #[test]
@@ -224,6 +274,7 @@ fn the_largest_heartbeat_fits_one_interrupt() {
             memory: Some(MemoryMetrics { total: u64::MAX, available: u64::MAX, pressure }),
             io: Some(IoMetrics { probe_us: u64::MAX, pressure }),
         },
+        agent_restarts: u32::MAX,
     });
     let mut out = Vec::new();
     m.write_payload(&mut out).unwrap();

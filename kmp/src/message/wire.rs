@@ -69,6 +69,11 @@ impl<'de> Deserialize<'de> for Blob {
     }
 }
 
+/// Fields that are usually 0 are left out: they cost nothing then, and an older reader never sees them.
+pub(super) fn is_zero(v: &u32) -> bool {
+    *v == 0
+}
+
 /// Figures that need no double precision travel as 32-bit floats: a heartbeat fits one interrupt.
 pub(super) mod short {
     use serde::{Deserialize, Deserializer, Serializer};

@@ -89,7 +89,7 @@ fn opened() -> (Session, Session) {
 #[test]
 fn a_whole_connection() {
     let (mut c, mut s) = opened();
-    let request: Message = HeartbeatReq { metrics: false }.into();
+    let request: Message = HeartbeatReq::default().into();
     c.send(5, &request, 0).unwrap();
     carry(&mut c, &mut s);
     assert!(

@@ -8,7 +8,7 @@ mod acpi;
 mod alloc;
 mod boot;
 mod bootparams;
-mod bzimage;
+pub(crate) mod bzimage;
 mod events;
 mod initramfs;
 mod klog;

@@ -70,6 +70,11 @@ async fn one(stream: VsockStream) -> Result<()> {
             kill(Pid::from_raw(pid), Signal::SIGKILL).context("kill")?;
             answer(&mut stream, &format!("killed {pid}")).await
         }
+        ["stop-agent"] => {
+            let pid = find("kmorph-agent")?;
+            kill(Pid::from_raw(pid), Signal::SIGSTOP).context("stop")?;
+            answer(&mut stream, &format!("stopped {pid}")).await
+        }
         ["hog", seconds] => {
             let seconds: u64 = seconds.parse().context("seconds")?;
             std::thread::spawn(move || {

@@ -12,6 +12,7 @@ mod soak;
 mod sockets;
 mod story;
 mod substrate;
+mod supervision;
 mod swapped;
 mod transport;
 mod two_cpus;
@@ -54,6 +55,8 @@ pub const ALL: &[&Scenario] = &[
     &boot_failures::SCENARIO,
     &bad_input::SCENARIO,
     &readopt::SCENARIO,
+    &supervision::SCENARIO,
+    &supervision::KILLED,
     &rounds::SCENARIO,
     &sockets::SCENARIO,
     &soak::SCENARIO,

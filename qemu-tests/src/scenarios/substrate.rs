@@ -143,7 +143,7 @@ async fn heartbeat(g: &Guest, p: &Partition, incarnation: u64) -> Result<()> {
     };
     let target = Hello { instance: ID.0, incarnation, ..Hello::default() };
     let (mut c, peer) = Connection::connect(stream, target, || 0, limit).await.context("HELLO")?;
-    c.queue(1, &HeartbeatReq { metrics: true }.into()).context("queue")?;
+    c.queue(1, &HeartbeatReq { metrics: true, ..HeartbeatReq::default() }.into()).context("queue")?;
     match timeout(limit, c.next()).await.map_err(|_| "no heartbeat".to_string())? {
         Event::Message { message: Message::HeartbeatRsp(r), .. } => {
             g.say(&format!("agent of {} answers: {:?}", peer.release, r.metrics.memory));

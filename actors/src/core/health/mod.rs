@@ -131,6 +131,10 @@ pub enum Event {
     GraceExpired,
     /// The probe timer rang.
     ProbeTimer,
+    /// The policy was changed: every wait counts anew from now.
+    PolicyChanged(Box<Policy>),
+    /// Maintenance was turned on (watch, accuse nobody of silence) or off.
+    Maintenance(bool),
     /// The instance is not watched any more.
     Reset,
 }
@@ -157,6 +161,8 @@ pub enum Notice {
     CpuStuck(u32, Duration),
     /// Its substrate was unloaded.
     NoSubstrate,
+    /// It would be declared dead, were it not in maintenance; why.
+    Withheld(Cause),
 }
 
 /// What is to be done.
@@ -194,6 +200,8 @@ pub struct Health {
     /// The agent answered while the pulse was silent, or the pulse is gone for good: its silence alone
     /// hurries nothing.
     pulse_doubted: bool,
+    /// In maintenance: silence is watched and leads to no declaration.
+    hold: bool,
     now: Duration,
     grace_until: Duration,
     pulse_silent_for: Duration,
@@ -212,6 +220,7 @@ impl Health {
             agent: Signal::Unknown,
             served: false,
             pulse_doubted: false,
+            hold: false,
             now: Duration::ZERO,
             grace_until: Duration::ZERO,
             pulse_silent_for: Duration::ZERO,
@@ -230,16 +239,21 @@ impl Health {
         (self.pulse, self.agent)
     }
 
-    /// Use another policy from the next decision on.
-    pub fn set_policy(&mut self, policy: Policy) {
-        self.policy = policy;
-    }
-
     /// One decision. `now` is the time since any fixed moment.
     pub fn step(&mut self, now: Duration, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
         self.now = now;
         match &event {
+            Event::PolicyChanged(policy) => {
+                self.policy = **policy;
+                self.wait_anew(&mut out);
+            }
+            Event::Maintenance(on) => {
+                self.hold = *on;
+                if !on {
+                    self.wait_anew(&mut out);
+                }
+            }
             Event::Reset => self.reset(&mut out),
             Event::Booted => self.begin(now, false, self.policy.boot_grace, &mut out),
             Event::Adopted => self.begin(now, true, self.policy.adopt_grace(), &mut out),
@@ -295,11 +309,27 @@ impl Health {
 
     fn reset(&mut self, out: &mut Vec<Action>) {
         out.extend([Action::Disarm(Timer::Grace), Action::Disarm(Timer::Probe)]);
-        *self = Health { jitter: self.jitter.clone(), ..Health::new(self.policy, 0) };
+        *self = Health { jitter: self.jitter.clone(), hold: self.hold, ..Health::new(self.policy, 0) };
+    }
+
+    /// Every wait that is under way begins again.
+    fn wait_anew(&mut self, out: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Starting => {
+                let grace = if self.served { self.policy.adopt_grace() } else { self.policy.boot_grace };
+                self.grace_until = self.now.saturating_add(grace);
+                out.push(Action::Arm(Timer::Grace, grace));
+            }
+            State::Suspect { unanswered, .. } => {
+                *unanswered = 0;
+                self.probe(0, out);
+            }
+            State::Down | State::Healthy | State::AgentSilent | State::Dead(_) => {}
+        }
     }
 
     fn begin(&mut self, now: Duration, served: bool, grace: Duration, out: &mut Vec<Action>) {
-        *self = Health { jitter: self.jitter.clone(), ..Health::new(self.policy, 0) };
+        *self = Health { jitter: self.jitter.clone(), hold: self.hold, ..Health::new(self.policy, 0) };
         (self.state, self.served, self.grace_until) = (State::Starting, served, now.saturating_add(grace));
         out.extend([Action::Disarm(Timer::Probe), Action::Arm(Timer::Grace, grace)]);
     }
@@ -405,6 +435,12 @@ impl Health {
         if n < self.policy.confirm_probes.max(1) {
             return self.probe(n, out);
         }
+        if self.hold && self.pulse == Signal::Silent {
+            if n == self.policy.confirm_probes.max(1) {
+                out.push(Action::Notify(Notice::Withheld(Cause::Hang)));
+            }
+            return self.probe(n, out);
+        }
         match (self.pulse, self.agent) {
             // The agent answered after the pulse had gone: wait until its own timeout says it is silent.
             (Signal::Silent, Signal::Unknown | Signal::Fine) if self.pulse_doubted => self.probe(n, out),
@@ -474,7 +510,13 @@ impl Health {
                     Signal::Fine => "its kernel runs, its agent never answered",
                     Signal::Unknown | Signal::Silent => "neither its kernel nor its agent was seen",
                 };
-                self.declare(Cause::NeverServed(format!("{seen} within {grace} ms")), out);
+                let cause = Cause::NeverServed(format!("{seen} within {grace} ms"));
+                if self.hold {
+                    out.push(Action::Notify(Notice::Withheld(cause)));
+                    self.wait_anew(out);
+                } else {
+                    self.declare(cause, out);
+                }
             }
         }
     }

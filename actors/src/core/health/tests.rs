@@ -24,10 +24,13 @@ fn event(n: usize) -> Event {
         13 => Event::OwnPause(700 * MS),
         14 => Event::GraceExpired,
         15 => Event::ProbeTimer,
-        _ => Event::Reset,
+        16 => Event::Reset,
+        17 => Event::PolicyChanged(Box::new(Policy::development())),
+        18 => Event::Maintenance(true),
+        _ => Event::Maintenance(false),
     }
 }
-const EVENTS: usize = 17;
+const EVENTS: usize = 20;
 
 fn machine(events: &[Event]) -> Health {
     let mut h = Health::new(Policy::default(), 1);
@@ -70,15 +73,15 @@ fn letter(state: &State) -> char {
 #[test]
 fn every_cell_of_the_table() {
     for (state, row) in [
-        // Booted Adopted Ready | Moved Silent Stuck | Ok Missed | Panic Parked Left | Up Down | Pause Grace Probe Reset
-        ('D', "SSD DDD DD DDD DD DDDD"),
-        ('S', "SSS SSS SS XXB SS SXSD"),
-        ('H', "SSH HPH HA XXP HH HHHD"),
-        ('P', "SSP HPP PB XXP PP PPPD"),
-        ('A', "SSA ABA HA XXB AA AAAD"),
-        ('B', "SSB ABB PB XXB BB BBBD"),
-        ('W', "SSW WBW HW XXB WW WWWD"),
-        ('X', "SSX XXX XX XXX XX XXXD"),
+        // Booted Adopted Ready | Moved Silent Stuck | Ok Missed | Panic Parked Left | Up Down | Pause Grace Probe Reset | Policy Maintenance on off
+        ('D', "SSD DDD DD DDD DD DDDD DDD"),
+        ('S', "SSS SSS SS XXB SS SXSD SSS"),
+        ('H', "SSH HPH HA XXP HH HHHD HHH"),
+        ('P', "SSP HPP PB XXP PP PPPD PPP"),
+        ('A', "SSA ABA HA XXB AA AAAD AAA"),
+        ('B', "SSB ABB PB XXB BB BBBD BBB"),
+        ('W', "SSW WBW HW XXB WW WWWD WWW"),
+        ('X', "SSX XXX XX XXX XX XXXD XXX"),
     ] {
         let row: Vec<char> = row.chars().filter(|c| *c != ' ').collect();
         assert_eq!(row.len(), EVENTS);
@@ -338,4 +341,54 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn in_maintenance_silence_is_watched_and_declared_only_afterwards() {
+    let mut h = in_state('H');
+    h.step(Duration::ZERO, Event::Maintenance(true));
+    h.step(Duration::ZERO, event(4));
+    let mut withheld = 0;
+    for _ in 0..50 {
+        let actions = h.step(LATER, Event::ProbeTimer);
+        assert!(declared(&actions).is_none());
+        assert!(armed(&actions, Timer::Probe).is_some(), "it goes on looking");
+        withheld +=
+            actions.iter().filter(|a| matches!(a, Action::Notify(Notice::Withheld(Cause::Hang)))).count();
+    }
+    assert_eq!((withheld, letter(h.state())), (1, 'P'));
+    // It comes back by itself: nothing happened.
+    let mut back = h.clone();
+    back.step(LATER, Event::PulseMoved);
+    assert_eq!(letter(back.state()), 'H');
+    // Or maintenance ends: it is confirmed from the start, then declared.
+    let actions = h.step(LATER, Event::Maintenance(false));
+    assert!(actions.contains(&Action::ProbeNow));
+    for n in 0..3 {
+        let actions = h.step(LATER, Event::ProbeTimer);
+        assert_eq!(declared(&actions).is_some(), n == 2);
+    }
+}
+
+#[test]
+fn a_start_that_fails_in_maintenance_is_waited_for() {
+    let mut h = machine(&[Event::Maintenance(true), Event::Booted]);
+    let actions = h.step(LATER, Event::GraceExpired);
+    assert!(actions.iter().any(|a| matches!(a, Action::Notify(Notice::Withheld(Cause::NeverServed(_))))));
+    assert_eq!((letter(h.state()), armed(&actions, Timer::Grace)), ('S', Some(Policy::default().boot_grace)));
+    // A panic is a fact, not a silence.
+    assert!(declared(&h.step(LATER, event(8))).is_some());
+}
+
+#[test]
+fn a_changed_policy_counts_from_now() {
+    let policy = Policy { boot_grace: 5 * LATER, confirm_base: 7 * MS, ..Policy::default() };
+    let mut h = in_state('S');
+    let actions = h.step(LATER, Event::PolicyChanged(Box::new(policy)));
+    assert_eq!(armed(&actions, Timer::Grace), Some(5 * LATER));
+    assert!(h.step(5 * LATER, Event::GraceExpired).iter().all(|a| !matches!(a, Action::Declare { .. })));
+    assert!(declared(&h.step(6 * LATER, Event::GraceExpired)).is_some());
+    let mut h = in_state('B');
+    let wait = armed(&h.step(LATER, Event::PolicyChanged(Box::new(policy))), Timer::Probe).unwrap();
+    assert!(wait <= 8 * MS && wait >= 6 * MS, "{wait:?}");
 }

@@ -23,6 +23,15 @@ pub struct Saved {
     pub held: bool,
 }
 
+/// What else decides how an instance is driven.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Duties {
+    /// Failures are watched and not acted on.
+    pub maintenance: bool,
+    /// A group decides when it starts again.
+    pub grouped: bool,
+}
+
 /// What the platform has of an instance, in the incarnation that was remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Found {
@@ -54,16 +63,31 @@ impl Recovery {
         saved: Saved,
         found: Found,
         now: Duration,
+        how: Duties,
     ) -> (Recovery, Vec<Action>) {
         let mut m = Recovery::new(policy, seed);
+        let grouped = how.grouped;
+        (m.maintenance, m.grouped) = (how.maintenance, grouped);
         let mut out = Vec::new();
         (m.phase, m.goal, m.first, m.incident) = (saved.phase, saved.goal, saved.first, saved.incident);
         m.held = found != Found::Nothing;
         match (saved.phase, found) {
-            (Phase::Stopped | Phase::Failed, Found::Nothing) => {}
+            (Phase::Stopped | Phase::Degraded, Found::Nothing) => {}
+            // Its group says when it starts.
+            (Phase::Held, Found::Nothing) if grouped && !how.maintenance => out.push(Action::Held),
+            // It ran when something was last written down, and nobody is known to have stopped it: the machine was
+            // restarted, or the journal could not be written while it was recovered.
+            (Phase::Monitoring, Found::Nothing) if m.acts() => {
+                m.open("nothing of it is left since the supervisor was restarted".into(), &mut out);
+                if grouped && !m.maintenance {
+                    m.hold("nothing has to be taken back".into(), &mut out);
+                } else {
+                    m.boot("starting a new incarnation", &mut out);
+                }
+            }
             (_, Found::Nothing) => m.resume_gone(saved.phase, &mut out),
 
-            (Phase::DetectingFailure | Phase::PartialFence, _) | (Phase::Failed, Found::Stopped) => {}
+            (Phase::DetectingFailure | Phase::PartialFence, _) | (Phase::Degraded, Found::Stopped) => {}
             (Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources, _) => {
                 m.prepare("the supervisor was restarted: stopping its CPUs again", &mut out);
             }
@@ -82,7 +106,7 @@ impl Recovery {
                     out.push(Action::Watch { adopted: false });
                 }
             }
-            (Phase::Stopped | Phase::Restarting | Phase::Failed, Found::Running) => {
+            (Phase::Stopped | Phase::Restarting | Phase::Held | Phase::Degraded, Found::Running) => {
                 m.enter(Phase::Monitoring, "it was found running", &mut out);
                 (m.goal, m.first) = (Goal::Restart, false);
                 out.push(Action::Watch { adopted: true });
@@ -93,7 +117,7 @@ impl Recovery {
                 out.extend(m.step(now, Event::Declared(cause, "its CPUs do not run".into())));
             }
             (
-                Phase::Booting | Phase::AwaitingService | Phase::Restarting | Phase::Stopped,
+                Phase::Booting | Phase::AwaitingService | Phase::Restarting | Phase::Held | Phase::Stopped,
                 Found::Stopped,
             ) => {
                 m.goal = match saved.phase {
@@ -118,12 +142,16 @@ impl Recovery {
                 | Phase::CapturingVmcore
                 | Phase::ReclaimingResources
                 | Phase::Restarting
+                | Phase::Held
         );
+        if recovering && self.incident && self.goal == Goal::Restart && self.grouped && !self.maintenance {
+            return self.hold("the supervisor was restarted".into(), out);
+        }
         if recovering && self.incident && self.goal == Goal::Restart {
             return self.boot("the supervisor was restarted: starting a new incarnation", out);
         }
         if self.goal == Goal::GiveUp {
-            return self.fail("it failed too often".into(), out);
+            return self.fail("it had failed too often, or its group had".into(), out);
         }
         self.phase = Phase::Stopped;
         let detail = "it does not run any more since the supervisor was restarted".to_owned();

@@ -1,9 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::core::policy::{Capture, Policy};
 
 const MS: Duration = Duration::from_millis(1);
-const EVENTS: usize = 16;
+const EVENTS: usize = 23;
 
 fn event(n: usize) -> Event {
     let t = String::new;
@@ -23,6 +24,13 @@ fn event(n: usize) -> Event {
         12 => Event::Reclaimed(t()),
         13 => Event::ReclaimError(t()),
         14 => Event::RestartTimer,
+        15 => Event::PolicyChanged,
+        16 => Event::Maintenance(true),
+        17 => Event::Grouped(true),
+        18 => Event::Grouped(false),
+        19 => Event::GroupStop(t()),
+        20 => Event::GroupStart,
+        21 => Event::GroupGiveUp(t()),
         _ => Event::Shutdown,
     }
 }
@@ -39,7 +47,8 @@ fn letter(phase: Phase) -> char {
         Phase::ReclaimingResources => 'r',
         Phase::Restarting => 'w',
         Phase::PartialFence => '!',
-        Phase::Failed => 'f',
+        Phase::Held => 'h',
+        Phase::Degraded => 'f',
     }
 }
 
@@ -70,6 +79,7 @@ fn at(phase: char) -> Recovery {
         'r' => with(plain, &[3, 7]),
         'w' => with(plain, &[3, 7, 12, 5]),
         '!' => with(policy, &[3, 8]),
+        'h' => with(plain, &[17, 3, 7, 12]),
         // Given up, with its memory held.
         'F' => with(policy, &[3, 7, 11]),
         // Given up, with nothing held.
@@ -80,19 +90,21 @@ fn at(phase: char) -> Recovery {
 #[test]
 fn every_cell_of_the_table() {
     for (from, row) in [
-        // Spawn Recover Terminate | Declared | Booted BootError Serving | Fenced Partial Error | Dump NoDump | Back NotBack | Timer Shutdown
-        ('s', "bss s sss sss ss ss ss"),
-        ('b', "bbb b awb bbb bb bb bb"),
-        ('a', "aap p aam aaa aa aa aa"),
-        ('m', "mpp p mmm mmm mm mm mm"),
-        ('d', "dpp d ddd ddd dd dd dd"),
-        ('p', "ppp p ppp c!! pp pp pp"),
-        ('c', "ccc c ccc ccc rf cc cc"),
-        ('r', "rrr r rrr rrr rr bf rr"),
-        ('w', "wbr w www www ww ww bw"),
-        ('!', "!pp ! !!! !!! !! !! !!"),
-        ('F', "fpp f fff fff ff ff ff"),
-        ('f', "bbr f fff fff ff ff ff"),
+        // Spawn Recover Terminate | Declared | Booted BootError Serving | Fenced Partial Error | Dump NoDump |
+        // Back NotBack | Timer | Policy Maintenance Grouped Ungrouped GroupStop GroupStart GroupGiveUp | Shutdown
+        ('s', "bss s sss sss ss ss s sssssss s"),
+        ('b', "bbb b awb bbb bb bb b bbbbbbb b"),
+        ('a', "aap p aam aaa aa aa a aaaapaa a"),
+        ('m', "mpp p mmm mmm mm mm m mmmmpmm m"),
+        ('d', "dpp d ddd ddd dd dd d ddddpdd d"),
+        ('p', "ppp p ppp c!! pp pp p ppppppp p"),
+        ('c', "ccc c ccc ccc rf cc c ccccccc c"),
+        ('r', "rrr r rrr rrr rr bf r rrrrrrr r"),
+        ('w', "wbr w www www ww ww b wwwwhwr w"),
+        ('!', "!pp ! !!! !!! !! !! ! !!!!!!! !"),
+        ('h', "hbr h hhh hhh hh hh h hbhbhbr h"),
+        ('F', "fpp f fff fff ff ff f fffffff f"),
+        ('f', "bbr f fff fff ff ff f fffffff f"),
     ] {
         let row: Vec<char> = row.chars().filter(|c| *c != ' ').collect();
         assert_eq!(row.len(), EVENTS);
@@ -135,6 +147,7 @@ fn trace(actions: &[Action]) -> String {
         Action::Settled(o) => format!("={}", format!("{o:?}").split('(').next().unwrap()),
         Action::Alert(_) => "alert".into(),
         Action::Refuse(_) => "refuse".into(),
+        Action::Held => "held".into(),
     });
     words.collect::<Vec<_>>().join(" ")
 }
@@ -161,7 +174,10 @@ fn a_dump_comes_between_fence_and_reclaim() {
         play(policy, &[0, 4, 6, 3, 7, 10])[..].rsplit(" | ").take(2).collect::<Vec<_>>(),
         ["RECLAIMING_RESOURCES reclaim(false)", "CAPTURING_VMCORE capture"]
     );
-    assert!(play(policy, &[0, 4, 6, 3, 7, 11]).ends_with("FAILED(false) alert =Failed"), "memory is held");
+    assert!(
+        play(policy, &[0, 4, 6, 3, 7, 11]).ends_with("DEGRADED(false) alert =Degraded"),
+        "memory is held"
+    );
     let policy = Policy { capture: Capture::BestEffort, ..policy };
     assert!(play(policy, &[0, 4, 6, 3, 7, 11]).ends_with("RECLAIMING_RESOURCES reclaim(false)"));
     assert!(
@@ -198,7 +214,7 @@ fn a_kernel_that_dies_while_its_start_is_still_being_reported() {
 
 #[test]
 fn terminate_in_each_phase_ends_in_stopped() {
-    for from in "bamdpcrw!Ff".chars() {
+    for from in "bamdpcrwh!Ff".chars() {
         let mut m = at(from);
         m.step(MS, Event::OperatorTerminate);
         let mut released = false;
@@ -216,7 +232,7 @@ fn terminate_in_each_phase_ends_in_stopped() {
         }
         assert_eq!(m.phase(), Phase::Stopped, "from {from}");
         // From 'r', 'w' and 'f' resources were on their way back, or the reclaim came with the first step.
-        assert!(released || "rwf".contains(from), "{from} gives the CPUs back");
+        assert!(released || "rwhf".contains(from), "{from} gives the CPUs back");
         assert!(!m.held());
     }
 }
@@ -240,7 +256,7 @@ fn restarts_back_off_and_end_at_the_intensity() {
             "RECLAIMING_RESOURCES reclaim(false) / RESTARTING boot",
             "RECLAIMING_RESOURCES reclaim(false) / RESTARTING arm(1)",
             "RECLAIMING_RESOURCES reclaim(false) / RESTARTING arm(2)",
-            "RECLAIMING_RESOURCES reclaim(true) / FAILED(false) alert =Failed",
+            "RECLAIMING_RESOURCES reclaim(true) / DEGRADED(false) alert =Degraded",
         ]
     );
     // Failures far apart are not counted together.
@@ -283,7 +299,11 @@ fn resume_table() {
         ('a', ["b RESTARTING boot", "a RESTARTING watch(false)", "p PREPARING_RECOVERY unwatch fence"]),
         (
             'm',
-            ["s STOPPED", "m watch(true)", "p incident DETECTING_FAILURE PREPARING_RECOVERY unwatch fence"],
+            [
+                "b incident DETECTING_FAILURE RESTARTING boot",
+                "m watch(true)",
+                "p incident DETECTING_FAILURE PREPARING_RECOVERY unwatch fence",
+            ],
         ),
         ('d', ["s STOPPED(false)", "d", "d"]),
         (
@@ -300,12 +320,13 @@ fn resume_table() {
         ),
         ('w', ["b RESTARTING boot", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
         ('!', ["s STOPPED(false)", "!", "!"]),
+        ('h', ["b RESTARTING boot", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
         ('F', ["f", "m MONITORING watch(true)", "f"]),
         ('f', ["f", "m MONITORING watch(true)", "f"]),
     ] {
         for (found, want) in [Found::Nothing, Found::Running, Found::Stopped].into_iter().zip(want) {
             let saved = at(from).saved();
-            let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS);
+            let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS, Duties::default());
             let got = format!("{} {}", letter(m.phase()), trace(&actions));
             assert_eq!(got.trim_end(), want, "{from} {found:?}");
         }
@@ -322,9 +343,62 @@ fn an_operators_start_that_was_cut_off_is_undone() {
         (&[0, 4, 6, 2], Found::Nothing, "s STOPPED"),
     ] {
         let saved = machine(Policy::default(), events).saved();
-        let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS);
+        let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS, Duties::default());
         assert_eq!(format!("{} {}", letter(m.phase()), trace(&actions)), want, "{events:?} {found:?}");
     }
+}
+
+#[test]
+fn a_member_waits_for_its_group() {
+    // Grouped, dies, is taken back, and starts when the group says so.
+    assert!(play(Policy::default(), &[0, 4, 6, 17, 3, 7, 12, 20, 4, 6]).ends_with(
+        "RECLAIMING_RESOURCES reclaim(false) | RESTARTING held | RESTARTING boot | \
+             RESTARTING watch(false) =Started | RECOVERY_COMPLETE(true) =Serving"
+    ));
+    // The group may say so before it is ready.
+    assert!(
+        play(Policy::default(), &[0, 4, 6, 17, 3, 20, 7, 12])
+            .ends_with("|  | RECLAIMING_RESOURCES reclaim(false) | RESTARTING boot")
+    );
+    // Stopped by the group: no failure of its own, however often.
+    let mut m = machine(Policy { restart_intensity: 0, ..Policy::default() }, &[0, 4, 6, 17]);
+    for _ in 0..5 {
+        for n in [19, 7, 12] {
+            m.step(MS, event(n));
+        }
+        assert_eq!((m.phase(), m.standing()), (Phase::Held, Standing::Held));
+        for n in [20, 4, 6] {
+            m.step(MS, event(n));
+        }
+        assert_eq!((m.phase(), m.standing()), (Phase::Monitoring, Standing::Up));
+    }
+    // Given up with its group: its CPUs go back.
+    assert!(play(Policy::default(), &[0, 4, 6, 17, 19, 7, 12, 21, 12]).ends_with(
+        "RESTARTING held | disarm RECLAIMING_RESOURCES reclaim(true) | DEGRADED(false) alert =Degraded"
+    ));
+    // A start that fails is the group's to answer.
+    assert!(play(Policy::default(), &[0, 4, 6, 17, 3, 7, 12, 20, 5]).ends_with("RESTARTING held"));
+}
+
+#[test]
+fn a_member_goes_on_waiting_after_the_supervisor_was_restarted() {
+    let saved = at('h').saved();
+    let grouped = Duties { grouped: true, maintenance: false };
+    let (m, actions) = Recovery::resume(Policy::default(), 1, saved, Found::Nothing, MS, grouped);
+    assert_eq!((m.phase(), trace(&actions)), (Phase::Held, "held".to_owned()));
+    let saved = at('r').saved();
+    let (m, actions) = Recovery::resume(Policy::default(), 1, saved, Found::Nothing, MS, grouped);
+    assert_eq!((m.phase(), trace(&actions)), (Phase::Held, "RESTARTING held".to_owned()));
+}
+
+#[test]
+fn maintenance_watches_and_does_not_act() {
+    let t = play(Policy::default(), &[0, 4, 6, 16, 3]);
+    assert!(t.ends_with("incident DETECTING_FAILURE unwatch alert"), "{t}");
+    let mut m = machine(Policy::default(), &[0, 4, 6, 16, 3]);
+    assert_eq!(m.standing(), Standing::Left, "its group does not count on it");
+    assert_eq!(trace(&m.step(MS, event(19))), "", "nor may it stop it");
+    assert_eq!(trace(&m.step(MS, Event::Maintenance(false))), "PREPARING_RECOVERY unwatch fence");
 }
 
 proptest! {
@@ -332,7 +406,7 @@ proptest! {
     /// last start, nothing is started twice, and each effect is journaled before.
     #[test]
     fn fence_before_anything_else(
-        events in prop::collection::vec((0..EVENTS - 1, 0u64..2000), 0..80),
+        events in prop::collection::vec((0..EVENTS - 1, 0u64..2000), 0..100),
         capture in 0..3usize,
         auto_heal: bool,
         restart in prop::option::of((0usize..80, 0usize..3)),
@@ -372,7 +446,7 @@ proptest! {
             let mut actions = m.step(now, event(n));
             if let Some((at, found)) = restart && at == k {
                 let found = if may_run { Found::Running } else { [Found::Nothing, Found::Stopped, Found::Stopped][found] };
-                let (again, more) = Recovery::resume(policy, 7, m.saved(), found, now);
+                let (again, more) = Recovery::resume(policy, 7, m.saved(), found, now, Duties::default());
                 m = again;
                 actions = more;
             }

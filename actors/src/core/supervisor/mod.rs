@@ -134,8 +134,24 @@ pub enum Event {
     Restart(String),
     /// Forget a stopped child.
     Delete(String),
+    /// A stopped child was started by somebody else: it is supervised again.
+    Adopted(String),
+    /// A child was taken out of supervision by somebody else, whatever it was doing: nothing that is planned
+    /// for it is done, and it stays stopped.
+    Withdrawn(String),
     /// Stop everything.
     Shutdown,
+}
+
+/// How a child was found by a supervisor that takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FoundChild {
+    /// It runs.
+    Running,
+    /// It is stopped and stays so.
+    Stopped,
+    /// It ran, failed, and nobody has answered that yet.
+    Lost,
 }
 
 /// Why a supervisor ended.
@@ -244,6 +260,54 @@ impl Supervisor {
         Ok(s)
     }
 
+    /// A supervisor that takes over children as they are. Those that were lost are restarted with whom the
+    /// strategy takes along; that is the end of a restart somebody else began, so it does not count as one.
+    pub fn take_over(
+        flags: Flags,
+        children: Vec<(ChildSpec, FoundChild)>,
+    ) -> Result<(Supervisor, Vec<Action>), Refusal> {
+        let found: Vec<FoundChild> = children.iter().map(|c| c.1).collect();
+        let mut s = Supervisor::new(flags, children.into_iter().map(|c| c.0).collect())?;
+        s.phase = Phase::Up;
+        for (child, found) in s.children.iter_mut().zip(&found) {
+            if *found == FoundChild::Running {
+                child.status = Status::Running;
+            }
+        }
+        let lost: Vec<usize> = (0..found.len()).filter(|at| found[*at] == FoundChild::Lost).collect();
+        match flags.strategy {
+            Strategy::OneForOne => lost.iter().for_each(|at| s.plan_restart_of(*at..at + 1, &lost)),
+            Strategy::OneForAll if !lost.is_empty() => s.plan_restart_of(0..found.len(), &lost),
+            Strategy::OneForAll => {}
+            Strategy::RestForOne => {
+                if let Some(first) = lost.first() {
+                    s.plan_restart_of(*first..found.len(), &lost);
+                }
+            }
+        }
+        let mut out = Vec::new();
+        s.advance(&mut out);
+        Ok((s, out))
+    }
+
+    /// Whether nothing is being done and nothing is planned.
+    pub fn is_idle(&self) -> bool {
+        self.current.is_none() && self.plan.is_empty()
+    }
+
+    /// The step under way: which child, and whether it is being started (else stopped).
+    pub fn current(&self) -> Option<(&str, bool)> {
+        match self.current.as_ref()? {
+            Step::Start(id) => Some((id, true)),
+            Step::Stop(id) => Some((id, false)),
+        }
+    }
+
+    /// Restarts within the period that ends now.
+    pub fn restarts(&self, now: Duration) -> usize {
+        self.restarts.iter().filter(|t| now.saturating_sub(**t) <= self.flags.period).count()
+    }
+
     /// Names of the children, in start order, and whether each runs.
     pub fn children(&self) -> impl Iterator<Item = (&str, bool)> {
         self.children.iter().map(|c| (c.spec.id.as_str(), c.status == Status::Running))
@@ -282,6 +346,12 @@ impl Supervisor {
             Event::StartFailed(id) => self.start_failed(now, &id),
             Event::Exited(id, exit) => self.exited(now, &id, exit, &mut out),
             Event::Shutdown => self.close(Down::Shutdown),
+            Event::Withdrawn(id) => self.withdrawn(&id),
+            Event::Adopted(id) => self.known(&id).map(|at| {
+                if self.children[at].status == Status::Stopped && !self.planned(&id) {
+                    self.children[at].status = Status::Running;
+                }
+            }),
             call if matches!(self.phase, Phase::Closing(_)) => {
                 debug_assert!(matches!(
                     call,
@@ -422,21 +492,40 @@ impl Supervisor {
         }
     }
 
+    fn planned(&self, id: &str) -> bool {
+        self.plan.iter().any(|s| matches!(s, Step::Start(p) | Step::Stop(p) if p == id))
+    }
+
+    fn withdrawn(&mut self, id: &str) -> Result<(), Refusal> {
+        self.known(id)?;
+        self.plan.retain(|s| !matches!(s, Step::Start(p) | Step::Stop(p) if p == id));
+        if matches!(&self.current, Some(Step::Start(p) | Step::Stop(p)) if p == id) {
+            self.current = None;
+        }
+        self.set(id, Status::Stopped);
+        Ok(())
+    }
+
     fn plan_restart(&mut self, at: usize) {
         let group = match self.flags.strategy {
             Strategy::OneForOne => at..at + 1,
             Strategy::OneForAll => 0..self.children.len(),
             Strategy::RestForOne => at..self.children.len(),
         };
+        self.plan_restart_of(group, &[at]);
+    }
+
+    /// Stop those of a range that run, in reverse order, and start those that ran or failed, in order.
+    fn plan_restart_of(&mut self, group: std::ops::Range<usize>, failed: &[usize]) {
+        let failed: Vec<String> = failed.iter().map(|at| self.children[*at].spec.id.clone()).collect();
         let group = &self.children[group];
         for c in group.iter().rev().filter(|c| matches!(c.status, Status::Running | Status::Starting)) {
             self.plan.push_back(Step::Stop(c.spec.id.clone()));
         }
         // A child stopped by the operator stays stopped; a temporary one is not started again.
-        let failed = &self.children[at].spec.id;
         for c in group {
             let live = c.status != Status::Stopped && c.spec.restart != Restart::Temporary;
-            if live || c.spec.id == *failed {
+            if live || failed.contains(&c.spec.id) {
                 self.plan.push_back(Step::Start(c.spec.id.clone()));
             }
         }

@@ -3,17 +3,21 @@
 use std::time::Duration;
 
 use kmorph_control::error::{ErrorKind, OpError};
+use kmorph_control::views::EventKind;
 use kmorph_platform::{BootRequest, PlatformEvent, PlatformEventKind};
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
 
 use super::super::effects::{Done, Effect, EffectsMsg, Order, Run, unix_ms};
+use super::super::groups::GroupsMsg;
 use super::super::heartbeat::HeartbeatMsg;
+use super::super::log::Draft;
 use super::super::transport::TransportMsg;
 use super::super::view;
-use super::{InstanceActorState, InstanceMsg, Timer, Wish};
+use super::{Asking, GroupOrder, InstanceActorState, InstanceMsg, Timer, Wish};
 use crate::core::health::{self, Cause, Missing, Notice, State as HealthState};
-use crate::core::recovery::{self, Event, Found, Outcome, Phase, Recovery};
+use crate::core::policy::{Patch, Policy};
+use crate::core::recovery::{self, Duties, Event, Found, Outcome, Phase, Recovery};
 use crate::core::supervisor::Event as SupervisorEvent;
 use crate::shell::children::Step;
 use crate::telemetry;
@@ -41,7 +45,19 @@ impl InstanceActorState {
             InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
             InstanceMsg::Timer { timer, round } => self.timer(timer, round),
-            InstanceMsg::SetPolicy(policy) => self.set_policy(policy),
+            InstanceMsg::SetPolicy { policy, overrides, reply } => {
+                self.set_policy(policy, overrides);
+                if let Some(reply) = reply {
+                    // Who asked may have given up waiting.
+                    let _ = reply.send(());
+                }
+            }
+            InstanceMsg::Maintenance { on, reply } => {
+                self.maintenance(on);
+                // Who asked may have given up waiting.
+                drop(reply.send(self.view()));
+            }
+            InstanceMsg::Regroup => self.regroup(),
             // A wish has to wait until it is known what there is.
             wish if self.machine.is_none() => match wish {
                 InstanceMsg::Spawn { .. } | InstanceMsg::Terminate { .. } | InstanceMsg::Recover { .. } => {
@@ -51,6 +67,7 @@ impl InstanceActorState {
             },
             InstanceMsg::Spawn { plan, wait, reply } => self.spawn(*plan, wait, reply),
             InstanceMsg::Terminate { force, reply } => self.terminate(force, reply),
+            InstanceMsg::Group(order) => self.group(order),
             InstanceMsg::Recover { reply } => self.operator(Event::OperatorRecover, Wish::Recover, reply),
             InstanceMsg::Asked { epoch, result } => {
                 if epoch == self.epoch {
@@ -60,6 +77,14 @@ impl InstanceActorState {
             InstanceMsg::Seen { incarnation, event } => {
                 if incarnation == self.incarnation() {
                     self.health(event);
+                }
+            }
+            InstanceMsg::AgentRestarted { incarnation, restarts } => {
+                if incarnation == self.incarnation() {
+                    self.agent_restarts = restarts;
+                    warn!(instance = %self.args.instance.name, restarts, "its guardian restarted its agent");
+                    let cause = format!("its guardian restarted its agent ({restarts} in this life)");
+                    self.announce(Draft::new(EventKind::Notice, cause).effect("its kernel was not touched"));
                 }
             }
             InstanceMsg::ChannelUp { incarnation, peer } => {
@@ -91,17 +116,90 @@ impl InstanceActorState {
         self.args.env.now()
     }
 
-    fn set_policy(&mut self, policy: crate::core::policy::Policy) {
-        self.health.set_policy(policy);
+    fn set_policy(&mut self, policy: Policy, overrides: Patch) {
+        {
+            let mut r = self.args.instance.record();
+            (r.policy, r.overrides) = (policy, overrides);
+        }
+        self.run(vec![], None);
+        self.use_policy(policy);
+    }
+
+    /// From now on this policy is in force. Every wait that is under way begins again.
+    pub(super) fn use_policy(&mut self, policy: Policy) {
+        if self.watching {
+            self.args.instance.heartbeat.send(HeartbeatMsg::Policy(policy));
+        }
+        self.health(health::Event::PolicyChanged(Box::new(policy)));
         if let Some(machine) = &mut self.machine {
             machine.set_policy(policy);
         }
-        self.args.instance.record().policy = policy;
-        self.run(vec![], None);
-        if self.watching {
-            let incarnation = self.incarnation();
-            self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+        self.recovery(Event::PolicyChanged);
+    }
+
+    fn maintenance(&mut self, on: bool) {
+        if std::mem::replace(&mut self.args.instance.record().maintenance, on) == on {
+            return;
         }
+        self.run(vec![], None);
+        let (cause, effect) = if on {
+            ("an operator turned maintenance on", "it is watched and not acted on")
+        } else {
+            ("an operator turned maintenance off", "failures are acted on again")
+        };
+        info!(instance = %self.args.instance.name, on, "maintenance");
+        self.announce(Draft::new(EventKind::Maintenance, cause).effect(effect));
+        self.health(health::Event::Maintenance(on));
+        self.recovery(Event::Maintenance(on));
+    }
+
+    // Its group.
+
+    fn regroup(&mut self) {
+        let grouped = self.args.env.group_of(&self.args.instance.name).is_some();
+        self.recovery(Event::Grouped(grouped));
+        self.stand(true);
+    }
+
+    fn group(&mut self, order: GroupOrder) {
+        match order {
+            GroupOrder::Stop(why) => {
+                let serves = self.machine.as_ref().is_some_and(|m| m.phase() == Phase::Monitoring);
+                let maintenance = self.args.instance.record().maintenance;
+                if serves && !maintenance && self.channel.is_some() && self.asking.is_none() {
+                    self.asking = Some(Asking::Group(why));
+                    self.ask();
+                } else if self.asking.is_none() {
+                    self.recovery(Event::GroupStop(why));
+                }
+            }
+            GroupOrder::Start => self.recovery(Event::GroupStart),
+            GroupOrder::GiveUp(why) => self.recovery(Event::GroupGiveUp(why)),
+        }
+        // The group waits for an answer, also when there was nothing to do.
+        if self.asking.is_none() {
+            self.stand(true);
+        }
+    }
+
+    /// Tell the group where the instance stands, when that changed.
+    pub(super) fn stand(&mut self, anyhow: bool) {
+        let Some(machine) = &self.machine else { return };
+        let standing = machine.standing();
+        if self.told.replace(standing) == Some(standing) && !anyhow {
+            return;
+        }
+        let member = self.args.instance.name.clone();
+        if self.args.env.group_of(&member).is_some() {
+            self.args.env.groups.send(GroupsMsg::Standing { member, standing });
+        }
+    }
+
+    /// Have an event told after everything that was journaled before it.
+    pub(super) fn announce(&self, draft: Draft) {
+        let i = &self.args.instance;
+        let draft = draft.of(&i.name, self.args.env.group_of(&i.name), self.incarnation());
+        i.recovery.send(EffectsMsg::Announce(Box::new(draft)));
     }
 
     fn platform(&mut self, event: PlatformEvent) {
@@ -150,11 +248,11 @@ impl InstanceActorState {
                 health::Action::Declare { cause, evidence } => {
                     warn!(instance = %self.args.instance.name, %cause, %evidence, "declared dead");
                     self.first_notice.get_or_insert_with(Instant::now);
-                    if std::mem::take(&mut self.asking) {
+                    match self.asking.take() {
                         // It is to be stopped anyhow.
-                        self.recovery(Event::OperatorTerminate);
-                    } else {
-                        self.recovery(Event::Declared(cause, evidence));
+                        Some(Asking::Terminate) => self.recovery(Event::OperatorTerminate),
+                        Some(Asking::Group(why)) => self.recovery(Event::GroupStop(why)),
+                        None => self.recovery(Event::Declared(cause, evidence)),
                     }
                 }
                 health::Action::Notify(notice) => self.notice(notice),
@@ -183,9 +281,21 @@ impl InstanceActorState {
                 warn!(instance = %name, "its user space does not answer while its kernel lives");
                 self.first_notice = None;
             }
-            Notice::CpuStuck(cpu, since) => warn!(instance = %name, cpu, ?since, "one of its CPUs is stuck"),
+            Notice::CpuStuck(cpu, since) => {
+                warn!(instance = %name, cpu, ?since, "one of its CPUs is stuck");
+                let cause = format!("its CPU {cpu} has not beaten for {since:?} while others have");
+                self.announce(Draft::new(EventKind::Notice, cause).effect("the operator is told"));
+            }
             Notice::NoSubstrate => {
-                warn!(instance = %name, "its substrate was unloaded: it has no pulse any more")
+                warn!(instance = %name, "its substrate was unloaded: it has no pulse any more");
+                let draft =
+                    Draft::new(EventKind::Notice, "its substrate was unloaded: it has no pulse any more");
+                self.announce(draft.effect("it is watched by heartbeats alone"));
+            }
+            Notice::Withheld(cause) => {
+                warn!(instance = %name, %cause, "would be declared dead: it is in maintenance");
+                let draft = Draft::new(EventKind::Notice, format!("it would be declared dead: {cause}"));
+                self.announce(draft.effect("nothing: it is in maintenance"));
             }
         }
     }
@@ -242,6 +352,8 @@ impl InstanceActorState {
                 A::Unwatch => self.unwatch(),
                 A::ArmRestart(after) => self.arm(Timer::Restart, after),
                 A::DisarmRestart => self.disarm(Timer::Restart),
+                // Where it stands is told after every step.
+                A::Held => {}
                 A::Settled(outcome) => settled.push(outcome),
                 A::Alert(text) => error!(instance = %self.args.instance.name, "operator needed: {text}"),
                 A::Refuse(_) => {}
@@ -297,7 +409,7 @@ impl InstanceActorState {
 
     fn unwatch(&mut self) {
         self.watching = false;
-        self.asking = false;
+        self.asking = None;
         self.channel = None;
         let (id, incarnation) = (self.args.instance.id, self.incarnation());
         self.args.instance.heartbeat.send(HeartbeatMsg::Idle);
@@ -411,14 +523,17 @@ impl InstanceActorState {
     }
 
     fn begin(&mut self, found: Found) {
-        let (policy, saved) = {
+        let (policy, saved, maintenance) = {
             let r = self.args.instance.record();
-            (r.policy, r.saved)
+            (r.policy, r.saved, r.maintenance)
         };
+        let grouped = self.args.env.group_of(&self.args.instance.name).is_some();
+        let duties = Duties { maintenance, grouped };
         let seed = self.args.env.config.seed ^ u64::from(self.args.instance.id.0);
-        let (machine, actions) = Recovery::resume(policy, seed, saved, found, self.now());
+        let (machine, actions) = Recovery::resume(policy, seed, saved, found, self.now(), duties);
         self.machine = Some(machine);
         self.carry_out(actions);
+        self.stand(true);
         for wish in std::mem::take(&mut self.deferred) {
             self.message(wish);
         }
@@ -497,7 +612,17 @@ impl InstanceActorState {
     pub(super) fn view(&self) -> kmorph_control::views::InstanceView {
         let i = &self.args.instance;
         let state = self.state();
-        view::instance(&i.record(), state, self.booted, i.incident.get(), &i.readings.lock(), self.watching)
+        let mut view = view::instance(
+            &i.record(),
+            state,
+            self.booted,
+            i.incident.get(),
+            &i.readings.lock(),
+            self.watching,
+        );
+        view.group = self.args.env.group_of(&i.name);
+        view.agent_restarts = self.agent_restarts;
+        view
     }
 
     fn state(&self) -> kmorph_control::views::InstanceState {
@@ -509,11 +634,18 @@ impl InstanceActorState {
     /// Publish the state when it changed.
     pub(super) fn show(&mut self) {
         let state = self.state();
-        if self.shown.replace(state) != Some(state) {
-            telemetry::instance_state(&self.args.instance.name, state);
-        }
+        let before = self.shown.replace(state);
         if matches!(self.health.state(), HealthState::Suspect { .. } | HealthState::AgentSilent) {
             self.args.instance.record().reason = view::trouble(self.health.state());
+        }
+        if before != Some(state) {
+            telemetry::instance_state(&self.args.instance.name, state);
+            let record = self.args.instance.record();
+            let draft = Draft::new(EventKind::State, record.reason.clone())
+                .transition(before.map(|s| s.to_string()), state.to_string())
+                .effect(view::advice(&record, state));
+            drop(record);
+            self.announce(draft);
         }
     }
 

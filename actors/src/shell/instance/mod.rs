@@ -6,7 +6,7 @@ mod operator;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -22,13 +22,15 @@ use tracing::warn;
 
 use super::children::{ChildDef, Children, Started, Step};
 use super::effects::{self, Done, EffectsArgs, EffectsMsg, Progress, Run, SharedIncident};
+use super::groups::{GroupIncidents, GroupsMsg};
 use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
 use super::link::Link;
+use super::log::EventLog;
 use super::transport::TransportMsg;
-use crate::config::TreeConfig;
+use crate::config::{Settings, TreeConfig};
 use crate::core::health::{self, Health};
-use crate::core::policy::Policy;
-use crate::core::recovery::Recovery;
+use crate::core::policy::{Patch, Policy};
+use crate::core::recovery::{Recovery, Standing};
 use crate::core::supervisor::{ChildSpec, Down, Event as SupervisorEvent, Flags, Strategy};
 use crate::store::{InstanceRecord, Store};
 use crate::telemetry::Lag;
@@ -41,6 +43,10 @@ pub(crate) struct Env {
     pub(crate) transport: Link<TransportMsg>,
     pub(crate) lag: Lag,
     pub(crate) base: Instant,
+    pub(crate) log: EventLog,
+    pub(crate) groups: Link<GroupsMsg>,
+    pub(crate) incidents: GroupIncidents,
+    pub(crate) settings: RwLock<Settings>,
 }
 
 impl Env {
@@ -48,12 +54,39 @@ impl Env {
     pub(crate) fn now(&self) -> Duration {
         self.base.elapsed()
     }
+
+    /// Policies and groups, as they are configured now.
+    pub(crate) fn settings(&self) -> RwLockReadGuard<'_, Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these are configured.
+    pub(crate) fn set_settings(&self, settings: Settings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// The policy of an instance. What operators set is left out, with a warning, when the configuration was
+    /// changed behind the daemon's back so that both contradict each other.
+    pub(crate) fn policy(&self, name: &str, overrides: &Patch) -> Policy {
+        let settings = self.settings();
+        settings.policy(name, overrides).unwrap_or_else(|error| {
+            warn!(instance = %name, %error, "what operators set contradicts the configuration and is left out");
+            settings.policy(name, &Patch::default()).unwrap_or(settings.defaults)
+        })
+    }
+
+    /// The group an instance belongs to.
+    pub(crate) fn group_of(&self, name: &str) -> Option<String> {
+        let settings = self.settings();
+        settings.groups.iter().find(|g| g.members.iter().any(|m| m == name)).map(|g| g.name.clone())
+    }
 }
 
 /// What a start needs.
 pub(crate) struct Plan {
     pub(crate) spec: InstanceSpec,
     pub(crate) policy: Policy,
+    pub(crate) overrides: Patch,
     pub(crate) kernel: std::path::PathBuf,
     pub(crate) initramfs: Option<std::path::PathBuf>,
     pub(crate) cmdline: String,
@@ -84,11 +117,28 @@ pub(crate) enum InstanceMsg {
     Recover {
         reply: Reply<InstanceView>,
     },
-    SetPolicy(Policy),
+    SetPolicy {
+        policy: Policy,
+        overrides: Patch,
+        reply: Option<oneshot::Sender<()>>,
+    },
+    Maintenance {
+        on: bool,
+        reply: oneshot::Sender<InstanceView>,
+    },
+    /// What its group wants of it.
+    Group(GroupOrder),
+    /// Groups were changed: say where it stands.
+    Regroup,
     View(oneshot::Sender<InstanceView>),
     HeartbeatView(oneshot::Sender<HeartbeatView>),
     HealthView(oneshot::Sender<HealthView>),
     // What is seen of the instance.
+    /// Its guardian restarted its agent; so often in this life.
+    AgentRestarted {
+        incarnation: u64,
+        restarts: u32,
+    },
     Seen {
         incarnation: u64,
         event: health::Event,
@@ -125,6 +175,23 @@ pub(crate) enum InstanceMsg {
     Quit,
     #[cfg(test)]
     Panic,
+}
+
+/// What a group wants of a member.
+#[derive(Clone, Debug)]
+pub(crate) enum GroupOrder {
+    /// Stop, to be started again later; why.
+    Stop(String),
+    Start,
+    /// Stay stopped; why.
+    GiveUp(String),
+}
+
+/// Why an agent is being asked to stop its workload.
+#[derive(Clone, Debug)]
+enum Asking {
+    Terminate,
+    Group(String),
 }
 
 /// An instance as others know it: its name, number, link, and what outlives its actor.
@@ -213,10 +280,13 @@ pub(crate) struct InstanceActorState {
     channel: Option<Hello>,
     first_notice: Option<Instant>,
     /// The agent is being asked to stop its workload.
-    asking: bool,
+    asking: Option<Asking>,
     console: Vec<String>,
     booted: Option<Instant>,
     shown: Option<InstanceState>,
+    /// Where the group was told that it stands.
+    told: Option<Standing>,
+    agent_restarts: u32,
 }
 
 impl Drop for InstanceActorState {
@@ -296,12 +366,17 @@ impl Actor for InstanceActor {
             watching: false,
             channel: None,
             first_notice: None,
-            asking: false,
+            asking: None,
             console: Vec::new(),
             booted: None,
             shown: None,
+            told: None,
+            agent_restarts: 0,
             args,
         };
+        if state.args.instance.record().maintenance {
+            state.health.step(Duration::ZERO, health::Event::Maintenance(true));
+        }
         state.look_at_platform();
         Ok(state)
     }
@@ -319,6 +394,7 @@ impl Actor for InstanceActor {
         }
         state.message(message);
         state.show();
+        state.stand(false);
         Ok(())
     }
 

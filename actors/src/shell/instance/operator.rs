@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::super::transport::TransportMsg;
-use super::{InstanceActorState, InstanceMsg, Plan, Reply, Waiter, Wish};
+use super::{Asking, InstanceActorState, InstanceMsg, Plan, Reply, Waiter, Wish};
 use crate::core::recovery::{Action, Event, Outcome, Phase};
 
 impl InstanceActorState {
@@ -15,16 +15,13 @@ impl InstanceActorState {
         let free = self
             .machine
             .as_ref()
-            .is_some_and(|m| matches!(m.phase(), Phase::Stopped | Phase::Failed) && !m.held());
+            .is_some_and(|m| matches!(m.phase(), Phase::Stopped | Phase::Degraded) && !m.held());
         if free {
             let mut r = self.args.instance.record();
-            (r.spec, r.policy, r.kernel, r.initramfs, r.cmdline) =
-                (plan.spec, plan.policy, plan.kernel, plan.initramfs, plan.cmdline);
+            (r.spec, r.policy, r.overrides) = (plan.spec, plan.policy, plan.overrides);
+            (r.kernel, r.initramfs, r.cmdline) = (plan.kernel, plan.initramfs, plan.cmdline);
             drop(r);
-            self.health.set_policy(plan.policy);
-            if let Some(machine) = &mut self.machine {
-                machine.set_policy(plan.policy);
-            }
+            self.use_policy(plan.policy);
         }
         self.operator(Event::Spawn, if wait { Wish::Serve } else { Wish::Start }, reply);
     }
@@ -33,17 +30,17 @@ impl InstanceActorState {
         let phase = self.machine.as_ref().map(|m| m.phase());
         let serves = matches!(phase, Some(Phase::Monitoring | Phase::AwaitingService));
         if force || !serves || self.channel.is_none() {
-            self.asking = false;
+            self.asking = None;
             return self.operator(Event::OperatorTerminate, Wish::Stop, reply);
         }
         self.waiters.push(Waiter { wish: Wish::Stop, reply });
-        if !std::mem::replace(&mut self.asking, true) {
+        if self.asking.replace(Asking::Terminate).is_none() {
             self.ask();
         }
     }
 
     /// Ask the agent to stop its workload; the answer, or its absence, comes back as a message.
-    fn ask(&mut self) {
+    pub(super) fn ask(&mut self) {
         let (env, link) = (self.args.env.clone(), self.args.instance.link.clone());
         let (id, incarnation, epoch) = (self.args.instance.id, self.incarnation(), self.epoch);
         let grace = env.config.terminate_grace;
@@ -62,16 +59,17 @@ impl InstanceActorState {
     }
 
     pub(super) fn asked(&mut self, result: Result<String, String>) {
-        if !std::mem::take(&mut self.asking) {
-            return;
-        }
+        let Some(asking) = self.asking.take() else { return };
         match result {
             Ok(detail) => info!(instance = %self.args.instance.name, %detail, "its workload is stopped"),
             Err(why) => {
                 warn!(instance = %self.args.instance.name, %why, "its workload was not stopped in order")
             }
         }
-        self.recovery(Event::OperatorTerminate);
+        match asking {
+            Asking::Terminate => self.recovery(Event::OperatorTerminate),
+            Asking::Group(why) => self.recovery(Event::GroupStop(why)),
+        }
     }
 
     /// Step the machine with an operator's wish; the waiter is answered when it is settled, or now when it is
@@ -115,8 +113,8 @@ pub(super) fn answer(
             error(ErrorKind::Conflict, "it was stopped by an operator".into())
         }
         (_, Outcome::PartialFence(why)) => error(ErrorKind::PartialFence, why.clone()),
-        (Wish::Stop, Outcome::Failed(why)) => error(ErrorKind::Internal, why.clone()),
-        (Wish::Start | Wish::Serve | Wish::Recover, Outcome::Failed(why)) => {
+        (Wish::Stop, Outcome::Degraded(why)) => error(ErrorKind::Internal, why.clone()),
+        (Wish::Start | Wish::Serve | Wish::Recover, Outcome::Degraded(why)) => {
             error(ErrorKind::BootFailed, format!("{why}{console}"))
         }
     }

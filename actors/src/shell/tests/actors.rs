@@ -26,7 +26,7 @@ async fn a_heartbeat_actor_that_panics_goes_on_watching() {
 async fn hold_up(w: &World) -> Arc<tokio::sync::Notify> {
     let gate = Arc::new(tokio::sync::Notify::new());
     *w.store.gate.lock().unwrap() = Some(gate.clone());
-    w.tree.set_policy("web", w.tree.policy_of("web").await.unwrap()).await.unwrap();
+    w.tree.policy_set("web", crate::core::policy::Key::FenceTries, Some("3")).await.unwrap();
     w.pass(10 * MS).await;
     assert!(w.store.gate.lock().unwrap().is_none(), "the save is under way");
     gate

@@ -1,5 +1,5 @@
 use super::*;
-use crate::core::policy::hang_bound;
+use crate::core::policy::{Key, hang_bound};
 
 const RECOVERY: [&str; 6] = [
     "DETECTING_FAILURE",
@@ -40,7 +40,7 @@ async fn a_hang_is_declared_within_the_bound() {
         let at = Instant::now();
         w.fake.hang(1);
         let took = w.fake.called(&format!("fence 1 {incarnation}")).await - at;
-        let bound = hang_bound(&config().defaults);
+        let bound = hang_bound(&config().settings.defaults);
         // The last beat may be one pulse period older than the hang.
         assert!(took <= bound && took >= Duration::from_millis(1200), "{took:?}, bound {bound:?}");
         w.shows("web", InstanceState::Healthy).await;
@@ -125,7 +125,7 @@ async fn a_kernel_that_hangs_while_the_supervisor_is_paused_is_found_afterwards(
     let at = Instant::now();
     let took = w.fake.called("fence 1 1").await - at;
     assert!(took >= Duration::from_secs(1), "measured anew first: {took:?}");
-    assert!(took <= hang_bound(&config().defaults) + 100 * MS, "{took:?}");
+    assert!(took <= hang_bound(&config().settings.defaults) + 100 * MS, "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -174,8 +174,8 @@ async fn others_never_miss_a_beat_while_one_recovers() {
 
 #[tokio::test(start_paused = true)]
 async fn an_instance_that_keeps_failing_is_given_up_and_can_be_started_by_hand() {
-    let defaults = Policy { restart_intensity: 3, ..config().defaults };
-    let w = world_with(TreeConfig { defaults, ..config() }).await;
+    let defaults = Policy { restart_intensity: 3, ..config().settings.defaults };
+    let w = world_with(with_defaults(defaults)).await;
     w.up("web").await;
     let mut waits = vec![];
     for n in 1..=4u64 {
@@ -190,7 +190,7 @@ async fn an_instance_that_keeps_failing_is_given_up_and_can_be_started_by_hand()
         waits[0] < 10 && (900..=1010).contains(&waits[1]) && (1800..=2010).contains(&waits[2]),
         "{waits:?}"
     );
-    let view = w.shows("web", InstanceState::Failed).await;
+    let view = w.shows("web", InstanceState::Degraded).await;
     assert!(view.reason.contains("it failed 4 times within 300 s"), "{}", view.reason);
     assert_eq!(w.fake.log().last().unwrap(), "reclaim 1 4 true", "its CPUs go back to the primary");
     let view = w.up("web").await;
@@ -200,7 +200,7 @@ async fn an_instance_that_keeps_failing_is_given_up_and_can_be_started_by_hand()
 #[tokio::test(start_paused = true)]
 async fn without_monitoring_an_operator_decides() {
     let w = world().await;
-    w.tree.spawn(SpawnArgs { monitor: false, ..args("web") }).await.unwrap();
+    w.tree.spawn(SpawnArgs { monitor: Some(false), ..args("web") }).await.unwrap();
     w.fake.panic(1, "die").await;
     w.store.phase("DETECTING_FAILURE").await;
     w.pass(Duration::from_secs(600)).await;
@@ -227,7 +227,7 @@ async fn resources_that_cannot_be_taken_back_are_held() {
     w.up("web").await;
     w.fake.script("reclaim", &[Next::Fail("ioctl: EIO")]);
     w.fake.panic(1, "die").await;
-    let view = w.shows("web", InstanceState::Failed).await;
+    let view = w.shows("web", InstanceState::Degraded).await;
     assert!(view.reason.contains("ioctl: EIO"), "{}", view.reason);
     assert_eq!(w.tree.spawn(args("web")).await.unwrap_err().kind, ErrorKind::Conflict);
     assert_eq!(w.tree.recover("web").await.unwrap().incarnation, 2);
@@ -252,8 +252,7 @@ async fn lost_events_make_it_look_at_every_pulse() {
     let w = world().await;
     w.up("web").await;
     // Agent and pulse go on, only the state word says that it was parked; the event was lost.
-    let policy = Policy { pulse_misses: 100_000, ..w.tree.policy_of("web").await.unwrap() };
-    w.tree.set_policy("web", policy).await.unwrap();
+    w.tree.policy_set("web", Key::PulseMisses, Some("100000")).await.unwrap();
     w.pass(Duration::from_secs(2)).await;
     w.fake.hang(1);
     w.fake.panic_unseen(1);

@@ -377,7 +377,7 @@ async fn serve(
         };
         let silent = *agent.borrow() == Agent::Silent;
         match event {
-            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics }) }
+            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics, .. }) }
                 if !silent =>
             {
                 let mut answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };

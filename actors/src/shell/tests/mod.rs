@@ -4,8 +4,11 @@ mod actors;
 mod failures;
 mod fake;
 mod figures;
+mod groups;
 mod operators;
+mod policies;
 mod restart;
+mod sim;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +20,7 @@ use kmorph_platform::{InstanceId, InstanceSpec, Platform};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::config::{Definitions, TreeConfig};
+use crate::config::{Definitions, Settings, TreeConfig};
 use crate::core::policy::Policy;
 use crate::store::{InstanceRecord, MemoryStore, Store, StoreError};
 use crate::{Service, Tree};
@@ -121,9 +124,14 @@ struct World {
     store: Arc<TestStore>,
 }
 
+fn with_defaults(defaults: Policy) -> TreeConfig {
+    let settings = Settings { defaults, ..Settings::default() };
+    TreeConfig { settings, ..TreeConfig::default() }
+}
+
 fn config() -> TreeConfig {
     let defaults = Policy { boot_grace: Duration::from_secs(20), ..Policy::default() };
-    TreeConfig { defaults, ..TreeConfig::default() }
+    with_defaults(defaults)
 }
 
 async fn tree(fake: &Arc<Fake>, store: &Arc<TestStore>, config: TreeConfig) -> Tree {
@@ -147,7 +155,7 @@ fn args(name: &str) -> SpawnArgs {
         kernel: "/boot/vmlinuz".into(),
         cmdline: Some("quiet".into()),
         initramfs: None,
-        monitor: true,
+        monitor: None,
         heartbeat_timeout_s: None,
         boot_timeout_s: None,
         wait: true,

@@ -227,17 +227,3 @@ async fn terminate_while_it_is_being_recovered() {
         assert_eq!((last.phase.as_str(), last.recovered), ("STOPPED", Some(false)), "{blocked}");
     }
 }
-
-#[tokio::test(start_paused = true)]
-async fn a_policy_can_be_changed_while_it_runs() {
-    let w = world().await;
-    w.up("web").await;
-    let policy =
-        Policy { heartbeat_timeout: Duration::from_secs(60), ..w.tree.policy_of("web").await.unwrap() };
-    w.tree.set_policy("web", policy).await.unwrap();
-    w.pass(Duration::from_secs(6)).await;
-    let beats = w.tree.heartbeat("web").await.unwrap();
-    assert_eq!((beats.interval_ms, beats.timeout_ms), (5000, 60_000));
-    assert_eq!(w.store.memory.load_instances().await.unwrap()[0].policy, policy);
-    assert_eq!(w.tree.status("web").await.unwrap().state, InstanceState::Healthy);
-}

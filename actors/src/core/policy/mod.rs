@@ -1,9 +1,15 @@
 //! How an instance is watched and recovered.
 
+mod keys;
+mod patch;
+
 use std::time::Duration;
 
 use kmp::backoff::Backoff;
 use serde::{Deserialize, Serialize};
+
+pub use keys::{Key, PolicyError};
+pub use patch::{Patch, Source};
 
 /// Shortest and longest interval between heartbeat requests.
 const HEARTBEAT_INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
@@ -23,8 +29,19 @@ pub enum Capture {
     BestEffort,
 }
 
+/// What is done when an instance's kernel lives and its agent does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentSilent {
+    /// The agent's guardian restarts it from inside the instance.
+    #[default]
+    Restart,
+    /// The operator is told; nothing is done.
+    Notify,
+}
+
 /// Policy of one instance. All times are real time as tokio's clock has it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Policy {
     /// Time without an answer after which a heartbeat counts as missed. Production 1 s, development 60 s.
@@ -41,6 +58,8 @@ pub struct Policy {
     pub boot_grace: Duration,
     /// Fence and restart by itself after a confirmed failure.
     pub auto_heal: bool,
+    /// When the kernel lives and its agent does not.
+    pub agent_silent: AgentSilent,
     /// Whether memory is captured first.
     pub capture: Capture,
     /// Tries to fence until the operator is asked.
@@ -54,6 +73,8 @@ pub struct Policy {
     pub restart_base: Duration,
     /// Longest wait before a restart.
     pub restart_max: Duration,
+    /// Longest time a new kernel may take to prove itself in a morph.
+    pub morph_timeout: Duration,
 }
 
 impl Default for Policy {
@@ -68,17 +89,46 @@ impl Default for Policy {
             confirm_base: Duration::from_millis(50),
             boot_grace: Duration::from_secs(60),
             auto_heal: true,
+            agent_silent: AgentSilent::Restart,
             capture: Capture::None,
             fence_tries: 3,
             restart_intensity: 5,
             restart_period: Duration::from_secs(300),
             restart_base: Duration::from_secs(1),
             restart_max: Duration::from_secs(60),
+            morph_timeout: Duration::from_secs(60),
         }
     }
 }
 
 impl Policy {
+    /// For machines that serve: one second. The same as the default.
+    pub fn production() -> Policy {
+        Policy::default()
+    }
+
+    /// For machines that are worked on: a minute, so that a breakpoint or a debugger accuses nobody.
+    pub fn development() -> Policy {
+        Policy {
+            heartbeat_timeout: Duration::from_secs(60),
+            pulse_misses: 6000,
+            boot_grace: Duration::from_secs(300),
+            ..Policy::default()
+        }
+    }
+
+    /// What the agent's guardian is told: silence in milliseconds after which it restarts the agent;
+    /// `u32::MAX` never. Twice the heartbeat timeout, so that a slow answer costs no restart.
+    pub fn guardian_ms(&self) -> u32 {
+        match self.agent_silent {
+            AgentSilent::Notify => u32::MAX,
+            AgentSilent::Restart => {
+                let ms = self.heartbeat_timeout.saturating_mul(2).as_millis().clamp(500, 3_600_000);
+                u32::try_from(ms).unwrap_or(3_600_000)
+            }
+        }
+    }
+
     /// Time between heartbeat requests: a quarter of the timeout, between 50 ms and 5 s.
     pub fn heartbeat_interval(&self) -> Duration {
         (self.heartbeat_timeout / 4).clamp(HEARTBEAT_INTERVAL.0, HEARTBEAT_INTERVAL.1)

@@ -1,0 +1,379 @@
+//! A machine with CPUs and memory that looks at everything the supervisor asks of it.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kmorph_platform::*;
+use kmp::io::Connection;
+use kmp::message::{ByeAck, HeartbeatRsp, Hello, Message};
+use kmp::session::Event;
+use tokio::sync::{mpsc, watch};
+
+use super::*;
+
+const BEAT: Duration = Duration::from_millis(100);
+
+/// What is wrong with a kernel that lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trouble {
+    None,
+    /// Its agent does not answer.
+    AgentSilent,
+    /// Nobody can connect to it.
+    Unreachable,
+}
+
+struct Kernel {
+    incarnation: u64,
+    started: Instant,
+    frozen: Option<u64>,
+    state: KernelState,
+    trouble: watch::Sender<Trouble>,
+    /// Its CPUs run.
+    running: bool,
+    /// Something was done to it in this life.
+    harmed: bool,
+    region: MemoryRange,
+    cpus: Vec<u32>,
+}
+
+impl Kernel {
+    fn beats(&self) -> u64 {
+        self.frozen.unwrap_or((self.started.elapsed().as_millis() / BEAT.as_millis()) as u64 + 1)
+    }
+}
+
+struct State {
+    dice: Dice,
+    kernels: BTreeMap<InstanceId, Kernel>,
+    alive: Arc<AtomicBool>,
+    events: Option<mpsc::Sender<PlatformEvent>>,
+    /// Whether instances 1 to 3 are a group.
+    grouped: bool,
+    /// Calls that fail, still.
+    fumbles: u32,
+    log: Vec<String>,
+    /// What must never happen and did. A panic in a call would only end the task that made it.
+    broken: Vec<String>,
+    began: Instant,
+}
+
+pub(super) struct Machine(Mutex<State>);
+
+/// The machine as one daemon has it.
+pub(super) struct Life {
+    machine: Arc<Machine>,
+    alive: Arc<AtomicBool>,
+    source: Mutex<Option<mpsc::Receiver<PlatformEvent>>>,
+}
+
+impl Machine {
+    pub(super) fn new(dice: Dice, grouped: bool) -> Arc<Machine> {
+        Arc::new(Machine(Mutex::new(State {
+            dice,
+            kernels: BTreeMap::new(),
+            alive: Arc::default(),
+            events: None,
+            grouped,
+            fumbles: 0,
+            log: vec![],
+            broken: vec![],
+            began: Instant::now(),
+        })))
+    }
+
+    pub(super) fn life(self: Arc<Machine>) -> Life {
+        let alive = Arc::new(AtomicBool::new(true));
+        let (events, source) = mpsc::channel(64);
+        self.with(|s| (s.alive, s.events) = (alive.clone(), Some(events)));
+        Life { machine: self, alive, source: Mutex::new(Some(source)) }
+    }
+
+    pub(super) fn end_life(&self) {
+        self.with(|s| {
+            s.alive.store(false, Ordering::SeqCst);
+            s.events = None;
+            s.say("the daemon is killed".into());
+        });
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    pub(super) fn broken(&self) -> Vec<String> {
+        self.with(|s| s.broken.clone())
+    }
+
+    pub(super) fn log(&self) -> Vec<String> {
+        self.with(|s| s.log.clone())
+    }
+
+    fn harm(&self, id: InstanceId, what: &str, f: impl FnOnce(&mut Kernel)) {
+        self.with(|s| {
+            if let Some(k) = s.kernels.get_mut(&id).filter(|k| k.running) {
+                k.harmed = true;
+                f(k);
+                let text = format!("{id} {what}");
+                s.say(text);
+            }
+        });
+    }
+
+    pub(super) fn hang(&self, id: InstanceId) {
+        self.harm(id, "hangs", |k| {
+            k.frozen = Some(k.beats());
+            k.trouble.send_replace(Trouble::AgentSilent);
+        });
+    }
+
+    /// A panic; its notice may be lost.
+    pub(super) fn panic(&self, id: InstanceId, noticed: bool) {
+        self.harm(id, "panics", |k| {
+            k.frozen = Some(k.beats());
+            k.state = KernelState::Panicked("simulated".into());
+            k.trouble.send_replace(Trouble::AgentSilent);
+        });
+        self.with(|s| {
+            let Some(k) = s.kernels.get(&id).filter(|k| k.running && noticed) else { return };
+            let kind = PlatformEventKind::Panic("simulated".into());
+            let event = PlatformEvent { id, incarnation: k.incarnation, age: Duration::ZERO, kind };
+            if let Some(events) = &s.events {
+                // A full queue loses it: the pulse says the same.
+                let _ = events.try_send(event);
+            }
+        });
+    }
+
+    pub(super) fn trouble(&self, id: InstanceId, trouble: Trouble) {
+        self.harm(id, &format!("{trouble:?}"), |k| {
+            k.trouble.send_replace(trouble);
+        });
+    }
+
+    /// A living kernel is well again.
+    pub(super) fn heal(&self, id: InstanceId) {
+        self.harm(id, "is healed", |k| {
+            if k.frozen.is_none() {
+                k.trouble.send_replace(Trouble::None);
+            }
+        });
+    }
+
+    /// The next calls fail.
+    pub(super) fn fumble(&self) {
+        self.with(|s| s.fumbles = 1 + s.dice.roll(3) as u32);
+    }
+
+    pub(super) fn calm(&self) {
+        let ids: Vec<InstanceId> = self.with(|s| {
+            s.fumbles = 0;
+            s.kernels.keys().copied().collect()
+        });
+        ids.into_iter().for_each(|id| self.heal(id));
+    }
+}
+
+impl State {
+    fn say(&mut self, text: String) {
+        self.log.push(format!("{:>9.3} {text}", self.began.elapsed().as_secs_f64()));
+    }
+}
+
+impl Life {
+    /// A call takes a while, and may fail.
+    async fn call(&self, text: String) -> Result<(), PlatformError> {
+        let (wait, fails) = self.machine.with(|s| {
+            let fails = s.fumbles > 0 && s.dice.roll(2) == 0;
+            s.fumbles -= u32::from(fails);
+            s.say(format!("{text}{}", if fails { " (fails)" } else { "" }));
+            let slow = if s.dice.roll(20) == 0 { 3000 } else { 40 };
+            (Duration::from_millis(s.dice.roll(slow)), fails)
+        });
+        tokio::time::sleep(wait).await;
+        if !self.alive.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        if fails { Err(PlatformError::os("simulated", "it fails")) } else { Ok(()) }
+    }
+
+    fn with_kernel<T>(
+        &self,
+        id: InstanceId,
+        asked: u64,
+        f: impl FnOnce(&mut Kernel) -> T,
+    ) -> Result<T, PlatformError> {
+        self.machine.with(|s| match s.kernels.get_mut(&id) {
+            None => Err(PlatformError::Unknown(id)),
+            Some(k) if k.incarnation != asked => {
+                Err(PlatformError::StaleIncarnation { id, asked, current: k.incarnation })
+            }
+            Some(k) => Ok(f(k)),
+        })
+    }
+}
+
+#[async_trait]
+impl Platform for Life {
+    fn kind(&self) -> PlatformKind {
+        PlatformKind::Process
+    }
+
+    async fn inventory(&self) -> Result<Inventory, PlatformError> {
+        Ok(Inventory::default())
+    }
+
+    async fn existing(&self) -> Result<Vec<ExistingInstance>, PlatformError> {
+        Ok(self.machine.with(|s| {
+            let found = s.kernels.iter().map(|(id, k)| ExistingInstance {
+                id: *id,
+                incarnation: k.incarnation,
+                region: k.region,
+                cpus: k.cpus.clone(),
+                running: k.running,
+            });
+            found.collect()
+        }))
+    }
+
+    fn take_events(&self) -> Option<mpsc::Receiver<PlatformEvent>> {
+        self.source.lock().unwrap().take()
+    }
+
+    async fn check(&self, _: &BootRequest) -> Result<(), PlatformError> {
+        Ok(())
+    }
+
+    async fn boot(&self, r: &BootRequest) -> Result<Booted, PlatformError> {
+        let id = r.spec.id;
+        self.call(format!("boot {id} as {}", r.incarnation)).await?;
+        let region = MemoryRange { base: u64::from(id.0) << 30, size: r.spec.memory_bytes };
+        self.machine.with(|s| {
+            for (other, k) in &s.kernels {
+                if k.region.overlaps(&region) || k.cpus.iter().any(|c| r.spec.cpus.contains(c)) {
+                    s.broken.push(format!("{id} is started on what {other} owns"));
+                }
+            }
+            let kernel = Kernel {
+                incarnation: r.incarnation,
+                started: Instant::now(),
+                frozen: None,
+                state: KernelState::Ready,
+                trouble: watch::Sender::new(Trouble::None),
+                running: true,
+                harmed: false,
+                region,
+                cpus: r.spec.cpus.clone(),
+            };
+            s.kernels.insert(id, kernel);
+        });
+        Ok(Booted { region, cpus: r.spec.cpus.clone(), release: "6.12.9".into(), took: BEAT })
+    }
+
+    fn pulse(&self, id: InstanceId, incarnation: u64) -> Result<PulseSample, PlatformError> {
+        self.with_kernel(id, incarnation, |k| PulseSample {
+            state: k.state.clone(),
+            nonce: k.incarnation + 1000,
+            cpus: vec![CpuPulse { number: 0, count: k.beats() }],
+        })
+    }
+
+    async fn fence(&self, id: InstanceId, incarnation: u64) -> Result<FenceReport, PlatformError> {
+        self.call(format!("fence {id} {incarnation}")).await?;
+        let grouped = self.machine.with(|s| s.grouped) && id.0 <= 3;
+        // Members of a group are stopped for others; everybody else only for what was done to them.
+        let guilty = self.with_kernel(id, incarnation, |k| k.harmed || !k.running)?;
+        if !guilty && !grouped {
+            let text = format!("{id} is fenced, and nothing was ever wrong with incarnation {incarnation}");
+            self.machine.with(|s| s.broken.push(text));
+        }
+        self.with_kernel(id, incarnation, |k| {
+            k.frozen = Some(k.beats());
+            k.running = false;
+            k.trouble.send_replace(Trouble::Unreachable);
+            let cpus = k.cpus.iter().map(|c| (*c, true)).collect();
+            FenceReport { cpus, complete: true, took: BEAT }
+        })
+    }
+
+    async fn reclaim(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        _: bool,
+    ) -> Result<ReclaimReport, PlatformError> {
+        self.call(format!("reclaim {id} {incarnation}")).await?;
+        let running = self.with_kernel(id, incarnation, |k| k.running)?;
+        self.machine.with(|s| {
+            if running {
+                s.broken.push(format!("{id} is taken back while its CPUs may run"));
+            }
+            let k = s.kernels.remove(&id).ok_or(PlatformError::Unknown(id))?;
+            Ok(ReclaimReport { region: k.region, cpus: k.cpus, took: BEAT })
+        })
+    }
+
+    async fn connect(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        _: u32,
+    ) -> Result<Box<dyn Stream>, PlatformError> {
+        let (trouble, since) =
+            self.with_kernel(id, incarnation, |k| (k.trouble.subscribe(), k.started.elapsed()))?;
+        if *trouble.borrow() == Trouble::Unreachable || since < Duration::from_millis(300) {
+            return Err(PlatformError::os("connect", "connection refused"));
+        }
+        let (here, there) = tokio::io::duplex(4096);
+        tokio::spawn(agent(there, id, incarnation, trouble));
+        Ok(Box::new(here))
+    }
+
+    async fn console(&self, _: InstanceId, _: u64) -> Result<ConsoleLog, PlatformError> {
+        Ok(ConsoleLog::default())
+    }
+
+    async fn release_all(&self) -> Result<(), PlatformError> {
+        Ok(())
+    }
+}
+
+async fn agent(
+    stream: tokio::io::DuplexStream,
+    id: InstanceId,
+    incarnation: u64,
+    mut trouble: watch::Receiver<Trouble>,
+) {
+    let identity = Hello { instance: id.0, incarnation, release: "6.12.9".into(), ..Hello::default() };
+    let limit = Duration::from_secs(1);
+    let Ok((mut connection, _)) = Connection::accept(stream, identity, || 0, limit).await else { return };
+    loop {
+        let event = tokio::select! {
+            biased;
+            changed = trouble.changed() => {
+                if changed.is_err() || *trouble.borrow() == Trouble::Unreachable {
+                    return;
+                }
+                continue;
+            }
+            event = connection.next() => event,
+        };
+        let silent = *trouble.borrow() != Trouble::None;
+        match event {
+            Event::Message { message: Message::HeartbeatReq(_), .. } if silent => {}
+            Event::Message { header, message: Message::HeartbeatReq(_) } => {
+                let answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
+                if connection.queue(header.sequence, &answer.into()).is_err() {
+                    return;
+                }
+            }
+            Event::Message { message: Message::Bye(_), .. } if !silent => {
+                let _ = connection.confirm_bye(ByeAck { detail: "stopped".into() }).await;
+                return;
+            }
+            Event::Closed { .. } => return,
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! `kmorph-agent fault`: order a fault from outside.
+
+use std::io::{ErrorKind, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use kmp::stand_in::names;
+
+use super::fault::Fault;
+use crate::usage;
+
+/// How long an answer is waited for.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// Order a fault and say what came of it.
+pub fn order(args: &[String]) -> ExitCode {
+    let [option, dir, id, fault @ ..] = args else {
+        return usage("fault needs --dir DIR, the number of an instance and a fault");
+    };
+    if option != "--dir" || fault.is_empty() {
+        return usage("fault needs --dir DIR, the number of an instance and a fault");
+    }
+    let fault = fault.join(" ");
+    if let Err(why) = Fault::parse(&fault) {
+        return usage(&why);
+    }
+    match send(Path::new(dir), id, &fault) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            // Nothing can be done when even this cannot be written.
+            let _ = writeln!(std::io::stderr(), "kmorph-agent: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn send(dir: &Path, id: &str, fault: &str) -> Result<(), String> {
+    if id.parse::<u16>().map(|n| n.to_string()).as_deref() != Ok(id) {
+        return Err(format!("{id:?} is no number of an instance"));
+    }
+    let path = dir.join(id).join(names::FAULT);
+    let socket = answered().map_err(|e| format!("a socket to be answered on: {e}"))?;
+    if let Err(e) = socket.send_to(fault.as_bytes(), &path) {
+        return Err(match e.kind() {
+            ErrorKind::NotFound => format!("there is no instance {id} in {}{}", dir.display(), others(dir)),
+            ErrorKind::ConnectionRefused => format!("instance {id} is dead: its process is gone"),
+            _ => format!("{}: {e}", path.display()),
+        });
+    }
+    let mut buf = [0; 512];
+    match socket.recv(&mut buf) {
+        Ok(n) if &buf[..n] == b"ok" => Ok(()),
+        Ok(n) => Err(String::from_utf8_lossy(&buf[..n]).into_owned()),
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Err(format!(
+            "instance {id} did not answer within {LIMIT:?}: it panicked, parked or hangs already"
+        )),
+        Err(e) => Err(format!("no answer of instance {id}: {e}")),
+    }
+}
+
+/// A socket with a name, so that it can be answered.
+fn answered() -> std::io::Result<UnixDatagram> {
+    let name = format!("kmorph-fault-{}", std::process::id());
+    let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    Ok(socket)
+}
+
+/// The instances that are there, in words.
+fn others(dir: &Path) -> String {
+    let mut ids: Vec<u16> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| e.ok()?.file_name().to_string_lossy().parse().ok())
+        .collect();
+    ids.sort_unstable();
+    match ids.as_slice() {
+        [] if dir.is_dir() => ", nor any other".into(),
+        [] => ", which does not exist".into(),
+        ids => {
+            let list: Vec<String> = ids.iter().take(20).map(u16::to_string).collect();
+            format!("; there are {}{}", list.join(", "), if ids.len() > 20 { ", …" } else { "" })
+        }
+    }
+}
