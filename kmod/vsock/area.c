@@ -417,3 +417,38 @@ int kv_areas_show(char *buf, size_t size)
 	mutex_unlock(&areas_mutex);
 	return length;
 }
+
+static int channel_show(struct kv_area *area, u32 ch, char *buf, size_t size)
+{
+	const struct kv_cursors *out = &area->shared->cursors[ch][area->me];
+	const struct kv_cursors *in = &area->shared->cursors[ch][!area->me];
+
+	return scnprintf(buf, size, "peer %u channel %u word %#x/%#x out %u %u%s%s in %u %u%s%s\n",
+			 area->link.peer, ch, READ_ONCE(area->channel[ch].word),
+			 kv_his_word(area, ch),
+			 READ_ONCE(out->head), READ_ONCE(out->tail),
+			 READ_ONCE(out->wr_wait) ? " full" : "",
+			 READ_ONCE(out->rd_wait) ? " awaited" : "",
+			 READ_ONCE(in->head), READ_ONCE(in->tail),
+			 READ_ONCE(in->wr_wait) ? " full" : "",
+			 READ_ONCE(in->rd_wait) ? " awaited" : "");
+}
+
+/* One line a channel in use: what both sides say of it, and where its rings stand. */
+int kv_channels_show(char *buf, size_t size)
+{
+	int length = 0, i;
+	u32 ch;
+
+	mutex_lock(&areas_mutex);
+	for (i = 0; i < KV_AREAS; i++) {
+		struct kv_area *area = rcu_dereference_protected(kv_areas[i],
+								 lockdep_is_held(&areas_mutex));
+
+		for (ch = 0; area && ch < area->channels; ch++)
+			if (READ_ONCE(area->channel[ch].vsk))
+				length += channel_show(area, ch, buf + length, size - length);
+	}
+	mutex_unlock(&areas_mutex);
+	return length;
+}

@@ -4,18 +4,23 @@
  */
 #include "vsock.h"
 
-#include <linux/bitops.h>
 #include <linux/minmax.h>
 #include <net/sock.h>
+#include <asm/sync_bitops.h>
 
-/* Tell the other side to look at a channel. At most one interrupt until it has. */
+/*
+ * Tell the other side to look at a channel. At most one interrupt until it has.
+ * With the kernel's own atomic bit operations a bit could stay without its
+ * summary, and the channel would be silent for ever: a kernel that has one CPU
+ * patches their lock prefixes away. The sync ones keep them.
+ */
 void kv_kick(struct kv_area *area, u32 ch)
 {
 	struct kv_pending *pending = &area->shared->pending[!area->me];
 
-	if (test_and_set_bit(ch, pending->word))
+	if (sync_test_and_set_bit(ch, pending->word))
 		return;
-	if (test_and_set_bit(ch / 64, &pending->summary))
+	if (sync_test_and_set_bit(ch / 64, &pending->summary))
 		return;
 	kv_count(KV_ST_KICKS);
 	kv_ring(area);

@@ -4,6 +4,7 @@
  */
 #include "vsock.h"
 
+#include <linux/bits.h>
 #include <linux/delay.h>
 #include <linux/rcupdate.h>
 #include <net/sock.h>
@@ -44,16 +45,21 @@ static void channel_news(struct kv_area *area, u32 ch)
 		kv_queue(channel);
 }
 
-/* One look at what is pending: each bit once, however fast the other side sets them. */
-static void take_pending(struct kv_area *area)
+/*
+ * One look at what is pending: each bit once, however fast the other side sets them. @late also
+ * looks where the summary says nothing: then nothing depends on it for longer than a scan.
+ */
+static void take_pending(struct kv_area *area, bool late)
 {
 	struct kv_pending *pending = &area->shared->pending[area->me];
 	unsigned long summary, bits, flags;
 	unsigned int w, b;
 
-	if (!READ_ONCE(pending->summary))
+	if (!READ_ONCE(pending->summary) && !late)
 		return;
 	summary = xchg(&pending->summary, 0);
+	if (late)
+		summary = GENMASK(KV_WORDS - 1, 0);
 	for_each_set_bit(w, &summary, KV_WORDS) {
 		bits = xchg(&pending->word[w], 0);
 		spin_lock_irqsave(&area->lock, flags);
@@ -88,7 +94,7 @@ static bool door_hard(void)
 		if (WAKE_IN_THREAD)
 			more = true;
 		else
-			take_pending(area);
+			take_pending(area, false);
 	}
 	return more;
 }
@@ -116,6 +122,17 @@ void kv_check_peer(struct kv_area *area)
 	}
 }
 
+static bool is_pending(struct kv_area *area)
+{
+	struct kv_pending *pending = &area->shared->pending[area->me];
+	unsigned int w;
+
+	for (w = 0; w < KV_WORDS; w++)
+		if (READ_ONCE(pending->word[w]))
+			return true;
+	return READ_ONCE(pending->summary);
+}
+
 /*
  * The slow look: what is pending although nothing rings was a lost doorbell. A
  * ring on its way gets a moment to arrive.
@@ -126,9 +143,9 @@ static void look_late(struct kv_area *area)
 	bool found = false;
 	u32 ch;
 
-	if (READ_ONCE(area->shared->pending[area->me].summary)) {
+	if (is_pending(area)) {
 		usleep_range(100, 200);
-		if (READ_ONCE(area->shared->pending[area->me].summary))
+		if (is_pending(area))
 			kv_count(KV_ST_LOST);
 	}
 	spin_lock_irqsave(&area->lock, flags);
@@ -158,7 +175,7 @@ static void door_thread(bool late)
 		kv_check_peer(area);
 		if (late)
 			look_late(area);
-		take_pending(area);
+		take_pending(area, late);
 	}
 }
 

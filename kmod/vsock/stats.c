@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Counters, in /sys/module/kerf_vsock/parameters/stats, one "name value" a line;
- * and the links in .../links.
+ * the links in .../links,
+ * and their channels in use in .../channels.
  */
 #include "vsock.h"
 
@@ -47,10 +48,18 @@ static int links_get(char *buf, const struct kernel_param *param)
 	return kv_areas_show(buf, PAGE_SIZE);
 }
 
+static int channels_get(char *buf, const struct kernel_param *param)
+{
+	return kv_channels_show(buf, PAGE_SIZE);
+}
+
 static const struct kernel_param_ops stats_ops = { .get = stats_get };
 static const struct kernel_param_ops links_ops = { .get = links_get };
+static const struct kernel_param_ops channels_ops = { .get = channels_get };
 
 module_param_cb(stats, &stats_ops, NULL, 0444);
 MODULE_PARM_DESC(stats, "counters (read only)");
 module_param_cb(links, &links_ops, NULL, 0444);
 MODULE_PARM_DESC(links, "links and their channels (read only)");
+module_param_cb(channels, &channels_ops, NULL, 0400);
+MODULE_PARM_DESC(channels, "channels in use: words of both sides, cursors of rings (read only)");

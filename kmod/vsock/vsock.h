@@ -4,7 +4,8 @@
  *
  * AF_VSOCK between two kernels over a shared area. Words in the area have one
  * writing side each; a reader takes a value once and checks it, and nothing the
- * other side writes can make this side go out of bounds or loop.
+ * other side writes can make this side go out of bounds or loop. Where both sides
+ * write (pending, rd_wait, wr_wait) it is by xchg or a sync_ bit operation only.
  *
  * Locks: the socket lock, then area->lock (taken in hard interrupts).
  */
@@ -194,6 +195,7 @@ struct kv_area *kv_area_find(u32 cid);
 void kv_area_put(struct kv_area *area);
 void kv_area_reset(struct kv_area *area);
 int kv_areas_show(char *buf, size_t size);
+int kv_channels_show(char *buf, size_t size);
 
 /* channel.c */
 void kv_kick(struct kv_area *area, u32 ch);

@@ -4,14 +4,14 @@ pub mod pingpong;
 pub mod tool;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kmorph_control::{
     Client, DaemonView, HeartbeatView, InstanceState, InstanceView, Next, RecoveryLogArgs, RecoveryStep,
     Request,
 };
-use tokio::io::AsyncBufReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt};
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, timeout};
 
@@ -71,6 +71,13 @@ pub struct Done {
     pub err: String,
 }
 
+async fn drain(from: Option<impl AsyncRead + Unpin>, into: &mut Vec<u8>) -> std::io::Result<()> {
+    match from {
+        Some(mut from) => from.read_to_end(into).await.map(|_| ()),
+        None => Ok(()),
+    }
+}
+
 /// A scenario's hands and eyes.
 pub struct Guest {
     rt: Runtime,
@@ -112,21 +119,34 @@ impl Guest {
         println!("{STORY}{text}");
     }
 
-    /// Run a program.
+    /// Run a program. What it had printed when the time was up is part of the error.
     pub fn command(&self, program: &str, args: &[&str]) -> Result<Done> {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
         let run = async {
-            let child = tokio::process::Command::new(program).args(args).kill_on_drop(true).output();
-            timeout(COMMAND_LIMIT, child).await
+            let mut child = tokio::process::Command::new(program)
+                .args(args)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .kill_on_drop(true)
+                .spawn()
+                .context(program)?;
+            let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+            let all =
+                async { tokio::try_join!(drain(stdout, &mut out), drain(stderr, &mut err), child.wait()) };
+            timeout(COMMAND_LIMIT, all).await.ok().transpose().context(program)
         };
-        let out = self
-            .wait(run)
-            .map_err(|_| format!("{program} {} took longer than {COMMAND_LIMIT:?}", args.join(" ")))?
-            .context(program)?;
-        Ok(Done {
-            code: out.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&out.stdout).into_owned(),
-            err: String::from_utf8_lossy(&out.stderr).into_owned(),
-        })
+        let ended = self.wait(run)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let Some((_, _, status)) = ended else {
+            return Err(format!(
+                "{program} {} took longer than {COMMAND_LIMIT:?}, after: {} {}",
+                args.join(" "),
+                text(&out),
+                text(&err)
+            ));
+        };
+        Ok(Done { code: status.code().unwrap_or(-1), out: text(&out), err: text(&err) })
     }
 
     /// Run kmorphctl, show the command and what it printed, and insist on success.

@@ -59,6 +59,7 @@ pub const ALL: &[&Scenario] = &[
     &supervision::KILLED,
     &rounds::SCENARIO,
     &sockets::SCENARIO,
+    &sockets::AGAIN,
     &soak::SCENARIO,
     &documentation::SCENARIO,
     &bench::SCENARIO,
