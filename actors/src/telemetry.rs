@@ -18,7 +18,10 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kmorph_control::views::InstanceState;
-use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, SharedString, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
 
 /// Describe every metric to the recorder that is installed.
 pub fn describe() {
@@ -56,17 +59,40 @@ pub(crate) fn instance_state(name: &str, state: InstanceState) {
     }
 }
 
-pub(crate) fn heartbeat(name: &str, rtt: Duration) {
-    histogram!("kmorph_heartbeat_rtt_seconds", "instance" => name.to_owned()).record(rtt.as_secs_f64());
-    counter!("kmorph_heartbeats_total", "instance" => name.to_owned(), "result" => "answered").increment(1);
+/// What a heartbeat actor measures; found once, because it is used with every beat.
+pub(crate) struct Beats {
+    rtt: Histogram,
+    answered: Counter,
+    missed: Counter,
+    pulse_age: Gauge,
 }
 
-pub(crate) fn heartbeats_missed(name: &str, n: u64) {
-    counter!("kmorph_heartbeats_total", "instance" => name.to_owned(), "result" => "missed").increment(n);
-}
+impl Beats {
+    /// Of an instance.
+    pub(crate) fn of(name: &str) -> Beats {
+        let name = SharedString::from(name.to_owned());
+        let total =
+            |result| counter!("kmorph_heartbeats_total", "instance" => name.clone(), "result" => result);
+        Beats {
+            rtt: histogram!("kmorph_heartbeat_rtt_seconds", "instance" => name.clone()),
+            answered: total("answered"),
+            missed: total("missed"),
+            pulse_age: gauge!("kmorph_pulse_age_seconds", "instance" => name.clone()),
+        }
+    }
 
-pub(crate) fn pulse_age(name: &str, age: Duration) {
-    gauge!("kmorph_pulse_age_seconds", "instance" => name.to_owned()).set(age.as_secs_f64());
+    pub(crate) fn answered(&self, rtt: Duration) {
+        self.rtt.record(rtt.as_secs_f64());
+        self.answered.increment(1);
+    }
+
+    pub(crate) fn missed(&self, n: u64) {
+        self.missed.increment(n);
+    }
+
+    pub(crate) fn pulse_age(&self, age: Duration) {
+        self.pulse_age.set(age.as_secs_f64());
+    }
 }
 
 pub(crate) fn recovery_step(phase: &'static str) {
@@ -89,43 +115,127 @@ pub(crate) fn actor_restart(actor: &str) {
     counter!("kmorph_actor_restarts_total", "actor" => actor.to_owned()).increment(1);
 }
 
-/// Messages on their way to the actors of one kind.
-#[derive(Debug, Default)]
-pub(crate) struct Depth(AtomicI64);
+/// Messages on their way to an actor, shown as part of the sum of all actors of its kind.
+pub(crate) struct Depth {
+    waiting: AtomicI64,
+    all: Gauge,
+}
 
 impl Depth {
-    pub(crate) fn sent(&self, actor: &'static str) {
-        let n = self.0.fetch_add(1, Ordering::Relaxed) + 1;
-        gauge!("kmorph_mailbox_depth", "actor" => actor).set(n as f64);
+    /// Of an actor of a kind.
+    pub(crate) fn of(kind: &'static str) -> Depth {
+        Depth { waiting: AtomicI64::new(0), all: gauge!("kmorph_mailbox_depth", "actor" => kind) }
     }
 
-    pub(crate) fn taken(&self, actor: &'static str) {
-        let n = self.0.fetch_sub(1, Ordering::Relaxed) - 1;
-        gauge!("kmorph_mailbox_depth", "actor" => actor).set(n as f64);
+    pub(crate) fn sent(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.all.increment(1.0);
+    }
+
+    pub(crate) fn taken(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.all.decrement(1.0);
     }
 
     /// The actor was started anew with an empty mailbox.
     pub(crate) fn clear(&self) {
-        self.0.store(0, Ordering::Relaxed);
+        self.all.decrement(self.waiting.swap(0, Ordering::Relaxed) as f64);
     }
 }
 
+/// Buckets of [`Lag`]: four for each power of two of microseconds, up to more than an hour.
+const LAGS: usize = 4 * 33;
+
 /// How late the daemon's own timers come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lag {
     max_us: AtomicU64,
+    counts: [AtomicU64; LAGS],
+    histogram: Histogram,
+}
+
+impl Default for Lag {
+    fn default() -> Self {
+        Lag {
+            max_us: AtomicU64::new(0),
+            counts: [const { AtomicU64::new(0) }; LAGS],
+            histogram: histogram!("kmorph_loop_lag_seconds"),
+        }
+    }
 }
 
 impl Lag {
     /// A timer came this late.
     pub fn record(&self, lag: Duration) {
-        histogram!("kmorph_loop_lag_seconds").record(lag.as_secs_f64());
+        self.histogram.record(lag.as_secs_f64());
         let us = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
         self.max_us.fetch_max(us, Ordering::Relaxed);
+        self.counts[bucket(us)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// The latest since the start.
     pub fn max(&self) -> Duration {
         Duration::from_micros(self.max_us.load(Ordering::Relaxed))
+    }
+
+    /// What `share` of all timers since the start were not later than, a quarter too high at most.
+    pub fn quantile(&self, share: f64) -> Duration {
+        let counts = self.counts.each_ref().map(|c| c.load(Ordering::Relaxed));
+        let wanted = counts.iter().sum::<u64>() as f64 * share;
+        let mut below = 0;
+        for (n, count) in counts.iter().enumerate() {
+            below += count;
+            if below > 0 && below as f64 >= wanted {
+                return Duration::from_micros(bucket_end(n)).min(self.max());
+            }
+        }
+        Duration::ZERO
+    }
+}
+
+/// The bucket of a number: by its highest bit and the two below it.
+fn bucket(us: u64) -> usize {
+    if us < 4 {
+        return us as usize;
+    }
+    let high = us.ilog2();
+    let quarter = (us >> (high - 2)) & 3;
+    (4 * (high as usize - 1) + quarter as usize).min(LAGS - 1)
+}
+
+/// The largest number of a bucket.
+fn bucket_end(n: usize) -> u64 {
+    if n < 4 {
+        return n as u64;
+    }
+    let (high, quarter) = (n as u64 / 4 + 1, n as u64 % 4);
+    (1 << high) + ((quarter + 1) << (high - 2)) - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_is_in_the_bucket_that_says_so() {
+        for us in (0..5000).chain([1 << 20, (1 << 30) + 7, u32::MAX.into()]) {
+            let n = bucket(us);
+            assert!(us <= bucket_end(n), "{us} in {n}");
+            assert!(n == 0 || us > bucket_end(n - 1), "{us} in {n}");
+            assert!(bucket_end(n) as f64 <= 1.25 * us as f64 + 1.0, "{us} in {n}");
+        }
+        assert_eq!(bucket(u64::MAX), LAGS - 1);
+    }
+
+    #[test]
+    fn quantiles_of_what_was_recorded() {
+        let lag = Lag::default();
+        assert_eq!(lag.quantile(0.99), Duration::ZERO);
+        for us in 1..=1000 {
+            lag.record(Duration::from_micros(us));
+        }
+        let p50 = lag.quantile(0.5).as_micros();
+        assert!((500..=625).contains(&p50), "{p50}");
+        assert_eq!(lag.quantile(1.0), Duration::from_micros(1000));
     }
 }

@@ -288,7 +288,7 @@ pub fn daemon(d: &DaemonView) -> String {
         ("Instances:", format!("{} running of {}", d.running, d.instances)),
         ("CPUs:", format!("{}: {} with the primary, {} lent", d.cpus_total, d.cpus_online, d.cpus_lent)),
         ("Memory pool:", format!("{}, {} free", mib(d.pool_bytes), mib(d.pool_free_bytes))),
-        ("Own loop late by at most:", format!("{:.1} ms", d.max_lag_ms)),
+        ("Own loop late by:", format!("{:.1} ms (p99), {:.1} ms at most", d.lag_p99_ms, d.max_lag_ms)),
         ("Metrics:", d.metrics.clone().unwrap_or_else(|| "off".into())),
         (
             "Journal:",
@@ -408,6 +408,7 @@ mod tests {
             pool_bytes: 0,
             pool_free_bytes: 0,
             max_lag_ms: 0.0,
+            lag_p99_ms: 0.0,
             metrics: None,
             store_trouble: None,
             config_files: Vec::new(),

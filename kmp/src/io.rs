@@ -12,8 +12,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::message::{Bye, ByeAck, Hello, Message};
 use crate::session::{End, Event, Phase, SendError, Session};
 
-/// Bytes read from the stream at a time.
-const READ_SIZE: usize = 16 << 10;
+/// Bytes read from the stream at a time: at first, enough for several heartbeats, and at most, after reads that
+/// filled what there was.
+const READ_SIZE: (usize, usize) = (1 << 10, 16 << 10);
 
 /// A connection that did not open.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,7 +50,7 @@ pub struct Connection<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Run `session` on `stream`. `clock` gives nanoseconds since boot for frame headers.
     pub fn new(stream: S, session: Session, clock: fn() -> u64) -> Connection<S> {
-        Connection { stream, session, clock, buf: vec![0; READ_SIZE].into(), broken: false }
+        Connection { stream, session, clock, buf: vec![0; READ_SIZE.0].into(), broken: false }
     }
 
     /// Open as client; `target` says whom it is meant for. Returns who answered.
@@ -164,7 +165,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let mut buf = ReadBuf::new(&mut self.buf);
             match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf)) {
                 Ok(()) if buf.filled().is_empty() => self.fail("the other side closed the stream".into()),
-                Ok(()) => self.session.receive(buf.filled(), (self.clock)()),
+                Ok(()) => {
+                    let full = buf.remaining() == 0;
+                    self.session.receive(buf.filled(), (self.clock)());
+                    if full && self.buf.len() < READ_SIZE.1 {
+                        self.buf = vec![0; self.buf.len() * 4].into();
+                    }
+                }
                 Err(e) => self.fail(format!("read: {e}")),
             }
         }

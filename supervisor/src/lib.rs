@@ -39,6 +39,8 @@ use crate::service::{Service, platform_error};
 use crate::settings::Configured;
 use crate::store::{Keep, SqliteStore};
 
+pub use crate::telemetry::logs;
+
 /// How long the control server may take to stop.
 const CONTROL_LIMIT: Duration = Duration::from_secs(2);
 /// How often writing the journal is tried again.

@@ -108,6 +108,7 @@ impl Service {
             pool_bytes: inventory.pool.iter().map(|r| r.size).sum(),
             pool_free_bytes: inventory.free_bytes(),
             max_lag_ms: self.tree.max_lag().as_secs_f64() * 1e3,
+            lag_p99_ms: self.tree.lag(0.99).as_secs_f64() * 1e3,
             metrics: self.metrics.clone(),
             store_trouble: self.store.trouble(),
             config_files: self.configured.files(),

@@ -21,7 +21,7 @@ use crate::core::health::Event;
 use crate::core::measure::{BeatStats, BeatTracker, PulseTracker};
 use crate::core::policy::Policy;
 use crate::core::supervisor::ChildSpec;
-use crate::telemetry;
+use crate::telemetry::Beats;
 
 /// Heartbeats asked for by hand that may wait for an answer.
 const MAX_PINGS: usize = 16;
@@ -94,6 +94,7 @@ struct Watched {
 
 pub(crate) struct HeartbeatState {
     args: HeartbeatArgs,
+    metrics: Beats,
     watched: Option<Watched>,
     round: u64,
     timer: Option<AbortHandle>,
@@ -196,7 +197,7 @@ impl HeartbeatState {
         readings.pulse_count = w.pulse.slowest();
         drop(readings);
         if let Some(moved) = w.pulse.moved() {
-            telemetry::pulse_age(&self.args.name, now.saturating_sub(moved));
+            self.metrics.pulse_age(now.saturating_sub(moved));
         }
         for event in events {
             self.tell(incarnation, event);
@@ -211,7 +212,7 @@ impl HeartbeatState {
         let due = w.beats.due(now);
         self.args.readings.lock().stats = w.beats.stats();
         if missed > 0 {
-            telemetry::heartbeats_missed(&self.args.name, missed);
+            self.metrics.missed(missed);
         }
         if let Some(event) = event {
             self.tell(incarnation, event);
@@ -252,7 +253,7 @@ impl HeartbeatState {
         }
         let incarnation = w.incarnation;
         if w.beats.answer(serial, rtt, now) {
-            telemetry::heartbeat(&self.args.name, rtt);
+            self.metrics.answered(rtt);
         }
         if let Some(reply) = w.pings.remove(&serial) {
             // Who asked may have given up waiting.
@@ -289,7 +290,8 @@ impl Actor for Heartbeat {
         _: ActorRef<HeartbeatMsg>,
         args: HeartbeatArgs,
     ) -> Result<HeartbeatState, ActorProcessingErr> {
-        Ok(HeartbeatState { args, watched: None, round: 0, timer: None })
+        let metrics = Beats::of(&args.name);
+        Ok(HeartbeatState { args, metrics, watched: None, round: 0, timer: None })
     }
 
     async fn handle(

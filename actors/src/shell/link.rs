@@ -25,7 +25,7 @@ impl<M: Message> Clone for Link<M> {
 impl<M: Message> Link<M> {
     /// A link to nobody yet; `kind` labels metrics.
     pub(crate) fn new(kind: &'static str) -> Link<M> {
-        Link(Arc::new(Inner { kind, depth: Depth::default(), actor: RwLock::new(None) }))
+        Link(Arc::new(Inner { kind, depth: Depth::of(kind), actor: RwLock::new(None) }))
     }
 
     /// From now on this actor has the place.
@@ -40,7 +40,7 @@ impl<M: Message> Link<M> {
         let sent = actor.as_ref().is_some_and(|a| a.send_message(message).is_ok());
         drop(actor);
         if sent {
-            self.0.depth.sent(self.0.kind);
+            self.0.depth.sent();
         } else {
             telemetry::lost(self.0.kind);
         }
@@ -49,6 +49,6 @@ impl<M: Message> Link<M> {
 
     /// The actor took a message out of its mailbox.
     pub(crate) fn taken(&self) {
-        self.0.depth.taken(self.0.kind);
+        self.0.depth.taken();
     }
 }

@@ -280,6 +280,11 @@ impl Tree {
         self.env.lag.max()
     }
 
+    /// How late this share of the daemon's timers came at most since it started.
+    pub fn lag(&self, share: f64) -> Duration {
+        self.env.lag.quantile(share)
+    }
+
     /// End the tree and leave running kernels running: the next daemon adopts them. Safe to call again.
     pub async fn shutdown(&self) {
         // A root that is gone has nothing to end.

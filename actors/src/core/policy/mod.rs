@@ -14,7 +14,7 @@ pub use patch::{Patch, Source};
 /// Shortest and longest interval between heartbeat requests.
 const HEARTBEAT_INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// Longest time between two looks at a pulse.
-const MAX_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
+const MAX_SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Whether a dead instance's memory is captured before it is taken back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -92,6 +92,8 @@ impl InstanceActorState {
                     self.args.instance.record().release.clone_from(&peer.release);
                     self.channel = Some(peer);
                     self.health(health::Event::ChannelUp);
+                    // What was asked before there was a connection has no answer.
+                    self.args.instance.heartbeat.send(HeartbeatMsg::Probe);
                 }
             }
             InstanceMsg::ChannelDown { incarnation, why } => {
