@@ -1,17 +1,17 @@
-//! Carries out the decisions of [`core::supervisor`](crate::core::supervisor) on ractor actors.
+//! Carries out the decisions of [`core::supervisor`](crate::core::supervisor) on [actors](super::actor).
 //!
-//! ractor kills children in no order when their supervisor stops; here they are stopped one after the other,
-//! each with its limit, before the supervisor does.
+//! Actors that are still there when their parent ends are killed in no order; here they are stopped one after
+//! the other, each with its limit, before their supervisor does.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use ractor::{ActorCell, ActorId, SupervisionEvent};
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error, info, warn};
 
+use super::actor::{self, ActorCell, ActorId, Ended};
 use crate::core::supervisor::{Action, ChildSpec, Down, Event, Exit, Flags, Refusal, Shutdown, Supervisor};
 use crate::telemetry;
 
@@ -25,10 +25,10 @@ pub(crate) struct Started {
 }
 
 impl Started {
-    /// A worker: ractor's own stop, after the message under way.
+    /// A worker: it stops after the message under way.
     pub(crate) fn worker(cell: ActorCell) -> Started {
         let c = cell.clone();
-        Started { cell, stop: Box::new(move || c.stop(None)) }
+        Started { cell, stop: Box::new(move || c.stop()) }
     }
 }
 
@@ -88,28 +88,21 @@ impl Children {
         self.step(Event::Add(def.spec)).await
     }
 
-    /// ractor says that an actor ended.
-    pub(crate) async fn supervision(&mut self, event: SupervisionEvent) -> Step {
-        let (cell, exit) = match event {
-            SupervisionEvent::ActorTerminated(cell, _, None) => (cell, Exit::Normal),
-            SupervisionEvent::ActorTerminated(cell, _, Some(reason)) => {
-                debug!(supervisor = %self.name, %reason, "child terminated");
-                (cell, Exit::Abnormal)
+    /// One of the actors ended.
+    pub(crate) async fn ended(&mut self, ended: Ended) -> Step {
+        let Some((id, _)) = self.live.remove(&ended.id) else { return Step::default() };
+        let exit = match ended.exit {
+            actor::Exit::Normal => Exit::Normal,
+            actor::Exit::Killed => {
+                debug!(supervisor = %self.name, child = %id, "child was killed");
+                Exit::Abnormal
             }
-            SupervisionEvent::ActorFailed(cell, error) => {
-                if let Some((id, _)) = self.live.get(&cell.get_id()) {
-                    error!(supervisor = %self.name, child = %id, %error, "child failed");
-                }
-                (cell, Exit::Abnormal)
-            }
-            SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => {
-                return Step::default();
+            actor::Exit::Failed(error) => {
+                error!(supervisor = %self.name, child = %id, %error, "child failed");
+                Exit::Abnormal
             }
         };
-        match self.live.remove(&cell.get_id()) {
-            Some((id, _)) => self.step(Event::Exited(id, exit)).await,
-            None => Step::default(),
-        }
+        self.step(Event::Exited(id, exit)).await
     }
 
     /// Decide and carry out.
@@ -144,7 +137,7 @@ impl Children {
                 if !first {
                     telemetry::actor_restart(&id);
                 }
-                self.live.insert(started.cell.get_id(), (id.clone(), started));
+                self.live.insert(started.cell.id(), (id.clone(), started));
                 result.started.push(id.clone());
                 Event::Started(id)
             }

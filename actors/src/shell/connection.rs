@@ -75,7 +75,8 @@ pub(crate) async fn run(args: ConnectionArgs, mut commands: mpsc::Receiver<Comma
     let mut attempt = 0;
     let mut said_down = false;
     loop {
-        let mut why = match open(&args, &mut commands).await {
+        // Boxed: memory for what is rare is not kept.
+        let mut why = match Box::pin(open(&args, &mut commands)).await {
             Ok(Some((connection, peer))) => {
                 info!(instance = %args.id, incarnation = args.incarnation, release = %peer.release, "agent connected");
                 (attempt, said_down) = (0, false);
@@ -190,7 +191,7 @@ async fn serve(mut connection: Connection<Box<dyn Stream>>, commands: &mut mpsc:
                     }
                 }
                 Some(Command::Terminate { grace, reply }) => {
-                    let done = terminate(&mut connection, grace).await;
+                    let done = Box::pin(terminate(&mut connection, grace)).await;
                     // Who asked may have given up waiting.
                     drop(reply.send(done));
                     return Over::Done;

@@ -4,12 +4,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_control::views::{EventKind, RecoveryStep};
 use kmorph_platform::{
     BootRequest, Booted, ExistingInstance, FenceReport, InstanceId, PlatformError, ReclaimReport,
 };
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
@@ -353,17 +353,12 @@ fn lost(effect: &Effect) -> fn(String) -> Done {
 /// The actor.
 pub(crate) struct Effects;
 
-#[ractor::async_trait]
 impl Actor for Effects {
     type Msg = EffectsMsg;
     type State = EffectsArgs;
     type Arguments = EffectsArgs;
 
-    async fn pre_start(
-        &self,
-        _: ActorRef<EffectsMsg>,
-        args: EffectsArgs,
-    ) -> Result<EffectsArgs, ActorProcessingErr> {
+    async fn pre_start(&self, _: ActorRef<EffectsMsg>, args: EffectsArgs) -> Result<EffectsArgs, Failure> {
         Ok(args)
     }
 
@@ -372,10 +367,11 @@ impl Actor for Effects {
         _: ActorRef<EffectsMsg>,
         message: EffectsMsg,
         state: &mut EffectsArgs,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         state.link.taken();
         match message {
-            EffectsMsg::Run(run) => state.run(*run).await,
+            // Boxed: most of the time there is nothing to do, and memory for it is not kept.
+            EffectsMsg::Run(run) => Box::pin(state.run(*run)).await,
             EffectsMsg::Announce(mut draft) => {
                 draft.incident = state.incident.latest().filter(|_| draft.kind == EventKind::State);
                 if state.incident.get().is_none() {
@@ -397,10 +393,9 @@ pub(crate) fn child(args: EffectsArgs) -> ChildDef {
         let args = args.clone();
         async move {
             let link = args.link.clone();
-            let (actor, _) =
-                Actor::spawn_linked(None, Effects, args, parent).await.map_err(|e| e.to_string())?;
+            let actor = actor::spawn_linked(Effects, args, parent).await.map_err(|e| e.to_string())?;
             link.set(actor.clone());
-            Ok(Started::worker(actor.get_cell()))
+            Ok(Started::worker(actor.cell()))
         }
         .boxed()
     });

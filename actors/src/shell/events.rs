@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_platform::{PlatformEvent, PlatformEventKind};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
@@ -43,17 +43,12 @@ pub(crate) enum EventsMsg {
 /// The actor.
 pub(crate) struct Events;
 
-#[ractor::async_trait]
 impl Actor for Events {
     type Msg = EventsMsg;
     type State = EventsState;
     type Arguments = EventsArgs;
 
-    async fn pre_start(
-        &self,
-        myself: ActorRef<EventsMsg>,
-        args: EventsArgs,
-    ) -> Result<EventsState, ActorProcessingErr> {
+    async fn pre_start(&self, myself: ActorRef<EventsMsg>, args: EventsArgs) -> Result<EventsState, Failure> {
         let Some(source) = args.source else {
             warn!(
                 "the platform's events are read by somebody else: failures are seen by heartbeat and pulse only"
@@ -76,7 +71,7 @@ impl Actor for Events {
         _: ActorRef<EventsMsg>,
         message: EventsMsg,
         _: &mut EventsState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         match message {
             EventsMsg::Ended => {
                 warn!("the platform sends no events any more: failures are seen by heartbeat and pulse only")
@@ -105,9 +100,8 @@ pub(crate) fn child(args: EventsArgs) -> ChildDef {
     let start = Arc::new(move |parent: ActorCell| {
         let args = args.clone();
         async move {
-            let (actor, _) =
-                Actor::spawn_linked(None, Events, args, parent).await.map_err(|e| e.to_string())?;
-            Ok(Started::worker(actor.get_cell()))
+            let actor = actor::spawn_linked(Events, args, parent).await.map_err(|e| e.to_string())?;
+            Ok(Started::worker(actor.cell()))
         }
         .boxed()
     });

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_control::views::{EventKind, GroupMember, GroupView};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 use tracing::{error, info};
 
@@ -206,17 +206,12 @@ impl GroupsState {
 /// The actor.
 pub(crate) struct Groups;
 
-#[ractor::async_trait]
 impl Actor for Groups {
     type Msg = GroupsMsg;
     type State = GroupsState;
     type Arguments = GroupsArgs;
 
-    async fn pre_start(
-        &self,
-        myself: ActorRef<GroupsMsg>,
-        args: GroupsArgs,
-    ) -> Result<GroupsState, ActorProcessingErr> {
+    async fn pre_start(&self, myself: ActorRef<GroupsMsg>, args: GroupsArgs) -> Result<GroupsState, Failure> {
         // Members answer to the link.
         args.env.groups.set(myself);
         let mut state = GroupsState { args, groups: vec![], shown: Default::default() };
@@ -229,7 +224,7 @@ impl Actor for Groups {
         _: ActorRef<GroupsMsg>,
         message: GroupsMsg,
         state: &mut GroupsState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         state.args.env.groups.taken();
         match message {
             GroupsMsg::Standing { member, standing } => state.standing(&member, standing),
@@ -248,9 +243,8 @@ pub(crate) fn child(args: GroupsArgs) -> ChildDef {
     let start = Arc::new(move |parent: ActorCell| {
         let args = args.clone();
         async move {
-            let (actor, _) =
-                Actor::spawn_linked(None, Groups, args, parent).await.map_err(|e| e.to_string())?;
-            Ok(Started::worker(actor.get_cell()))
+            let actor = actor::spawn_linked(Groups, args, parent).await.map_err(|e| e.to_string())?;
+            Ok(Started::worker(actor.cell()))
         }
         .boxed()
     });

@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_platform::InstanceId;
 use kmp::message::{HeartbeatRsp, Metrics};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::children::{ChildDef, Started};
@@ -34,8 +33,6 @@ pub(crate) enum HeartbeatMsg {
     Policy(Policy),
     /// Watch nothing.
     Idle,
-    /// The timer rang; it should have at `due`.
-    Tick { due: Instant, round: u64 },
     /// Look and ask now.
     Probe,
     /// Look at the pulse now.
@@ -96,14 +93,7 @@ pub(crate) struct HeartbeatState {
     args: HeartbeatArgs,
     metrics: Beats,
     watched: Option<Watched>,
-    round: u64,
-    timer: Option<AbortHandle>,
-}
-
-impl Drop for HeartbeatState {
-    fn drop(&mut self) {
-        self.quiet();
-    }
+    due: Option<Instant>,
 }
 
 impl HeartbeatState {
@@ -111,25 +101,11 @@ impl HeartbeatState {
         self.args.env.now()
     }
 
-    fn quiet(&mut self) {
-        self.round += 1;
-        if let Some(timer) = self.timer.take() {
-            timer.abort();
-        }
-    }
-
     fn arm(&mut self, after: Duration) {
-        let (due, round) = (Instant::now() + after, self.round);
-        let link = self.args.link.clone();
-        let task = tokio::spawn(async move {
-            sleep_until(due).await;
-            link.send(HeartbeatMsg::Tick { due, round });
-        });
-        self.timer = Some(task.abort_handle());
+        self.due = Some(Instant::now() + after);
     }
 
     fn watch(&mut self, incarnation: u64, policy: Policy) {
-        self.quiet();
         let now = self.now();
         self.watched = Some(Watched {
             incarnation,
@@ -149,7 +125,6 @@ impl HeartbeatState {
         w.policy = policy;
         w.pulse.set_silence(policy.pulse_silence(), now);
         w.beats.set_times(policy.heartbeat_interval(), policy.heartbeat_timeout, now);
-        self.quiet();
         self.arm(Duration::ZERO);
     }
 
@@ -157,7 +132,8 @@ impl HeartbeatState {
         self.args.owner.send(InstanceMsg::Seen { incarnation, event });
     }
 
-    fn tick(&mut self, due: Instant) {
+    fn tick(&mut self) {
+        let Some(due) = self.due.take() else { return };
         let lag = due.elapsed();
         self.args.env.lag.record(lag);
         let now = self.now();
@@ -279,7 +255,6 @@ impl HeartbeatState {
 /// The actor.
 pub(crate) struct Heartbeat;
 
-#[ractor::async_trait]
 impl Actor for Heartbeat {
     type Msg = HeartbeatMsg;
     type State = HeartbeatState;
@@ -289,9 +264,18 @@ impl Actor for Heartbeat {
         &self,
         _: ActorRef<HeartbeatMsg>,
         args: HeartbeatArgs,
-    ) -> Result<HeartbeatState, ActorProcessingErr> {
+    ) -> Result<HeartbeatState, Failure> {
         let metrics = Beats::of(&args.name);
-        Ok(HeartbeatState { args, metrics, watched: None, round: 0, timer: None })
+        Ok(HeartbeatState { args, metrics, watched: None, due: None })
+    }
+
+    fn due(&self, state: &HeartbeatState) -> Option<Instant> {
+        state.due
+    }
+
+    async fn tick(&self, _: ActorRef<HeartbeatMsg>, state: &mut HeartbeatState) -> Result<(), Failure> {
+        state.tick();
+        Ok(())
     }
 
     async fn handle(
@@ -299,17 +283,15 @@ impl Actor for Heartbeat {
         _: ActorRef<HeartbeatMsg>,
         message: HeartbeatMsg,
         state: &mut HeartbeatState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         state.args.link.taken();
         match message {
             HeartbeatMsg::Watch { incarnation, policy } => state.watch(incarnation, policy),
             HeartbeatMsg::Policy(policy) => state.policy(policy),
             HeartbeatMsg::Idle => {
-                state.quiet();
+                state.due = None;
                 state.watched = None;
             }
-            HeartbeatMsg::Tick { due, round } if round == state.round => state.tick(due),
-            HeartbeatMsg::Tick { .. } => {}
             HeartbeatMsg::Probe => {
                 state.look();
                 state.ask();
@@ -337,10 +319,9 @@ pub(crate) fn child(args: HeartbeatArgs) -> ChildDef {
         let args = args.clone();
         async move {
             let link = args.link.clone();
-            let (actor, _) =
-                Actor::spawn_linked(None, Heartbeat, args, parent).await.map_err(|e| e.to_string())?;
+            let actor = actor::spawn_linked(Heartbeat, args, parent).await.map_err(|e| e.to_string())?;
             link.set(actor.clone());
-            Ok(Started::worker(actor.get_cell()))
+            Ok(Started::worker(actor.cell()))
         }
         .boxed()
     });

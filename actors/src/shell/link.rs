@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use ractor::{ActorRef, Message};
+use super::actor::ActorRef;
 
 use crate::telemetry::{self, Depth};
 
@@ -14,15 +14,15 @@ struct Inner<M> {
 }
 
 /// A link to the actor that has this place in the tree now.
-pub(crate) struct Link<M: Message>(Arc<Inner<M>>);
+pub(crate) struct Link<M>(Arc<Inner<M>>);
 
-impl<M: Message> Clone for Link<M> {
+impl<M> Clone for Link<M> {
     fn clone(&self) -> Self {
         Link(self.0.clone())
     }
 }
 
-impl<M: Message> Link<M> {
+impl<M: Send + 'static> Link<M> {
     /// A link to nobody yet; `kind` labels metrics.
     pub(crate) fn new(kind: &'static str) -> Link<M> {
         Link(Arc::new(Inner { kind, depth: Depth::of(kind), actor: RwLock::new(None) }))

@@ -1,5 +1,6 @@
 //! The actors: they carry out what [`crate::core`] decides.
 
+mod actor;
 mod children;
 mod connection;
 mod directory;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -63,9 +63,9 @@ impl Service {
         let start = Arc::new(move |parent: ActorCell| {
             let work = work.clone();
             async move {
-                let (actor, _) =
-                    Actor::spawn_linked(None, ServiceActor, work, parent).await.map_err(|e| e.to_string())?;
-                let cell = actor.get_cell();
+                let actor =
+                    actor::spawn_linked(ServiceActor, work, parent).await.map_err(|e| e.to_string())?;
+                let cell = actor.cell();
                 let stop = move || {
                     // An actor that is gone needs no stop.
                     let _ = actor.send_message(ServiceMsg::Stop);
@@ -96,17 +96,12 @@ impl Drop for ServiceState {
 
 struct ServiceActor;
 
-#[ractor::async_trait]
 impl Actor for ServiceActor {
     type Msg = ServiceMsg;
     type State = ServiceState;
     type Arguments = Work;
 
-    async fn pre_start(
-        &self,
-        myself: ActorRef<ServiceMsg>,
-        work: Work,
-    ) -> Result<ServiceState, ActorProcessingErr> {
+    async fn pre_start(&self, myself: ActorRef<ServiceMsg>, work: Work) -> Result<ServiceState, Failure> {
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(work(Stop(stopped)));
         let handle = task.abort_handle();
@@ -126,12 +121,12 @@ impl Actor for ServiceActor {
         myself: ActorRef<ServiceMsg>,
         message: ServiceMsg,
         state: &mut ServiceState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         match message {
             ServiceMsg::Stop => {
                 state.stop.send_replace(true);
             }
-            ServiceMsg::Ended(Ok(())) => myself.stop(None),
+            ServiceMsg::Ended(Ok(())) => myself.stop(),
             ServiceMsg::Ended(Err(error)) => return Err(error.into()),
         }
         Ok(())

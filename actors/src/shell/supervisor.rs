@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Ended, Failure};
 use futures::FutureExt;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use super::children::{ChildDef, Children, Started, Step};
@@ -32,7 +32,6 @@ pub(crate) struct SupervisorState {
 /// The actor.
 pub(crate) struct SupervisorActor;
 
-#[ractor::async_trait]
 impl Actor for SupervisorActor {
     type Msg = SupervisorMsg;
     type State = SupervisorState;
@@ -42,8 +41,8 @@ impl Actor for SupervisorActor {
         &self,
         myself: ActorRef<SupervisorMsg>,
         args: SupervisorArgs,
-    ) -> Result<SupervisorState, ActorProcessingErr> {
-        let mut children = Children::new(myself.get_cell(), &args.name, args.flags, args.children)?;
+    ) -> Result<SupervisorState, Failure> {
+        let mut children = Children::new(myself.cell(), &args.name, args.flags, args.children)?;
         children.step(Event::Start).await;
         if !children.all_run() {
             children.abandon().await;
@@ -57,7 +56,7 @@ impl Actor for SupervisorActor {
         myself: ActorRef<SupervisorMsg>,
         message: SupervisorMsg,
         state: &mut SupervisorState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         match message {
             SupervisorMsg::Add(def, reply) => {
                 let id = def.spec.id.clone();
@@ -78,23 +77,23 @@ impl Actor for SupervisorActor {
         }
     }
 
-    async fn handle_supervisor_evt(
+    async fn child_ended(
         &self,
         myself: ActorRef<SupervisorMsg>,
-        event: SupervisionEvent,
+        ended: Ended,
         state: &mut SupervisorState,
-    ) -> Result<(), ActorProcessingErr> {
-        let step = state.children.supervision(event).await;
+    ) -> Result<(), Failure> {
+        let step = state.children.ended(ended).await;
         settle(&myself, &step)
     }
 }
 
 /// End as the children's decision says: in order, or as a failure that the parent answers.
-fn settle(myself: &ActorRef<SupervisorMsg>, step: &Step) -> Result<(), ActorProcessingErr> {
+fn settle(myself: &ActorRef<SupervisorMsg>, step: &Step) -> Result<(), Failure> {
     match step.down {
         None => Ok(()),
         Some(Down::Shutdown | Down::AutoShutdown) => {
-            myself.stop(None);
+            myself.stop();
             Ok(())
         }
         Some(Down::Intensity) => Err("too many restarts".into()),
@@ -113,10 +112,10 @@ pub(crate) fn supervisor_child(
     let start = Arc::new(move |parent: ActorCell| {
         let (args, learned) = (args(), learned.clone());
         async move {
-            let (actor, _) =
-                Actor::spawn_linked(None, SupervisorActor, args, parent).await.map_err(|e| e.to_string())?;
+            let actor =
+                actor::spawn_linked(SupervisorActor, args, parent).await.map_err(|e| e.to_string())?;
             learned(actor.clone());
-            let cell = actor.get_cell();
+            let cell = actor.cell();
             Ok(Started {
                 cell,
                 stop: Box::new(move || {

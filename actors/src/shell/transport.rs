@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_platform::{InstanceId, Platform};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
@@ -110,7 +110,6 @@ impl TransportState {
 /// The actor.
 pub(crate) struct Transport;
 
-#[ractor::async_trait]
 impl Actor for Transport {
     type Msg = TransportMsg;
     type State = TransportState;
@@ -120,7 +119,7 @@ impl Actor for Transport {
         &self,
         _: ActorRef<TransportMsg>,
         args: TransportArgs,
-    ) -> Result<TransportState, ActorProcessingErr> {
+    ) -> Result<TransportState, Failure> {
         Ok(TransportState { args, connections: HashMap::new() })
     }
 
@@ -129,7 +128,7 @@ impl Actor for Transport {
         _: ActorRef<TransportMsg>,
         message: TransportMsg,
         state: &mut TransportState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         state.args.link.taken();
         match message {
             TransportMsg::Beat { id, incarnation, serial, metrics, guardian_ms, to } => {
@@ -156,10 +155,9 @@ pub(crate) fn child(args: TransportArgs) -> ChildDef {
         let args = args.clone();
         async move {
             let link = args.link.clone();
-            let (actor, _) =
-                Actor::spawn_linked(None, Transport, args, parent).await.map_err(|e| e.to_string())?;
+            let actor = actor::spawn_linked(Transport, args, parent).await.map_err(|e| e.to_string())?;
             link.set(actor.clone());
-            Ok(Started::worker(actor.get_cell()))
+            Ok(Started::worker(actor.cell()))
         }
         .boxed()
     });

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use super::actor::{self, ActorRef};
 use kmorph_control::error::{ErrorKind, OpError};
 use kmorph_control::views::{
     HealthView, HeartbeatView, InstanceState, InstanceView, PingView, RecoveryLogArgs, RecoveryStep,
     SpawnArgs,
 };
 use kmorph_platform::{BootRequest, InstanceSpec, Platform, PlatformError};
-use ractor::{Actor, ActorRef};
 use tokio::sync::{Mutex, oneshot};
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -115,8 +115,7 @@ impl Tree {
         ];
         let flags = Flags { intensity: 3, period: Duration::from_secs(10), ..Flags::default() };
         let args = SupervisorArgs { name: "root".into(), flags, children };
-        let (root, _) =
-            Actor::spawn(None, SupervisorActor, args).await.map_err(|e| StartError::Actor(e.to_string()))?;
+        let root = actor::spawn(SupervisorActor, args).await.map_err(|e| StartError::Actor(e.to_string()))?;
         Ok(Tree { env, directory, definitions, root, instances, admission: Mutex::new(()) })
     }
 
@@ -129,7 +128,7 @@ impl Tree {
     /// Returns when the tree has ended, by itself or because it was asked to.
     pub async fn closed(&self) {
         // Without a limit the only error is a cell that is gone, which is an end as well.
-        let _ = self.root.get_cell().wait(None).await;
+        let _ = self.root.cell().wait(None).await;
     }
 
     /// Start an instance. With `args.wait` it returns when the instance serves. A start that fails gives
@@ -291,9 +290,9 @@ impl Tree {
         let _ = self.root.send_message(SupervisorMsg::Shutdown);
         let n = u32::try_from(self.directory.all().len()).unwrap_or(u32::MAX).saturating_add(8);
         let limit = self.env.config.shutdown_limit.saturating_mul(n).saturating_mul(2);
-        if self.root.get_cell().wait(Some(limit)).await.is_err() {
+        if self.root.cell().wait(Some(limit)).await.is_err() {
             warn!(?limit, "the tree did not end in time: killed");
-            self.root.get_cell().kill();
+            self.root.cell().kill();
         }
     }
 
@@ -315,7 +314,7 @@ impl Tree {
     /// As kill -9 would: nothing is said, nothing is waited for.
     #[cfg(test)]
     pub(crate) fn kill_for_test(&self) {
-        self.root.get_cell().kill();
+        self.root.cell().kill();
     }
 
     #[cfg(test)]

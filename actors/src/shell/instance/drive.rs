@@ -41,6 +41,7 @@ impl InstanceActorState {
             }
             InstanceMsg::Ran { epoch, op } if epoch == self.epoch => {
                 self.unacknowledged.retain(|r| r.op > op);
+                self.unacknowledged.shrink_to_fit();
             }
             InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use super::actor::{self, Actor, ActorCell, ActorRef, Ended, Failure};
 use futures::FutureExt;
 use kmorph_control::error::OpError;
 use kmorph_control::views::{HealthView, HeartbeatView, InstanceState, InstanceView};
 use kmorph_platform::{InstanceId, InstanceSpec, Platform, PlatformEvent};
 use kmp::message::Hello;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -308,7 +308,6 @@ const FLAGS: Flags = Flags {
 /// The actor.
 pub(crate) struct InstanceActor;
 
-#[ractor::async_trait]
 impl Actor for InstanceActor {
     type Msg = InstanceMsg;
     type State = InstanceActorState;
@@ -318,7 +317,7 @@ impl Actor for InstanceActor {
         &self,
         myself: ActorRef<InstanceMsg>,
         args: InstanceArgs,
-    ) -> Result<InstanceActorState, ActorProcessingErr> {
+    ) -> Result<InstanceActorState, Failure> {
         let (instance, env) = (&args.instance, &args.env);
         // Its own actors may have something to say before this one is up.
         instance.link.set(myself.clone());
@@ -342,7 +341,7 @@ impl Actor for InstanceActor {
                 progress: instance.progress.clone(),
             }),
         ];
-        let mut children = Children::new(myself.get_cell(), &instance.name, FLAGS, children)?;
+        let mut children = Children::new(myself.cell(), &instance.name, FLAGS, children)?;
         children.step(SupervisorEvent::Start).await;
         if !children.all_run() {
             children.abandon().await;
@@ -386,10 +385,11 @@ impl Actor for InstanceActor {
         _: ActorRef<InstanceMsg>,
         message: InstanceMsg,
         state: &mut InstanceActorState,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<(), Failure> {
         state.args.instance.link.taken();
         if let InstanceMsg::Quit = message {
-            let step = state.quit().await;
+            // Boxed, as below: memory for what is rare is not kept.
+            let step = Box::pin(state.quit()).await;
             return settle(state, &step);
         }
         state.message(message);
@@ -398,25 +398,25 @@ impl Actor for InstanceActor {
         Ok(())
     }
 
-    async fn handle_supervisor_evt(
+    async fn child_ended(
         &self,
         myself: ActorRef<InstanceMsg>,
-        event: SupervisionEvent,
+        ended: Ended,
         state: &mut InstanceActorState,
-    ) -> Result<(), ActorProcessingErr> {
-        let step = state.children.supervision(event).await;
+    ) -> Result<(), Failure> {
+        let step = Box::pin(state.children.ended(ended)).await;
         for child in &step.started {
             warn!(instance = %state.args.instance.name, actor = %child, "actor was started anew");
             state.child_is_back(child);
         }
         if step.down == Some(Down::Shutdown) {
-            myself.stop(None);
+            myself.stop();
         }
         settle(state, &step)
     }
 }
 
-fn settle(state: &InstanceActorState, step: &Step) -> Result<(), ActorProcessingErr> {
+fn settle(state: &InstanceActorState, step: &Step) -> Result<(), Failure> {
     match step.down {
         None | Some(Down::Shutdown) => Ok(()),
         Some(why) => Err(format!("actors of instance {} fail: {why:?}", state.args.instance.name).into()),
@@ -432,9 +432,8 @@ pub(crate) fn child(args: InstanceArgs) -> ChildDef {
     let start = Arc::new(move |parent: ActorCell| {
         let args = args.clone();
         async move {
-            let (actor, _) =
-                Actor::spawn_linked(None, InstanceActor, args, parent).await.map_err(|e| e.to_string())?;
-            let cell = actor.get_cell();
+            let actor = actor::spawn_linked(InstanceActor, args, parent).await.map_err(|e| e.to_string())?;
+            let cell = actor.cell();
             let stop = move || {
                 // An actor that is gone needs no stop.
                 let _ = actor.send_message(InstanceMsg::Quit);
