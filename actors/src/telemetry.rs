@@ -146,11 +146,16 @@ impl Depth {
 /// Buckets of [`Lag`]: four for each power of two of microseconds, up to more than an hour.
 const LAGS: usize = 4 * 33;
 
+/// Quantiles are of the last one to two of these.
+const WINDOW: Duration = Duration::from_secs(10);
+
 /// How late the daemon's own timers come.
 #[derive(Debug)]
 pub struct Lag {
     max_us: AtomicU64,
-    counts: [AtomicU64; LAGS],
+    /// Counts of this window and the one before, by the parity of its number.
+    counts: [[AtomicU64; LAGS]; 2],
+    window: AtomicU64,
     histogram: Histogram,
 }
 
@@ -158,19 +163,20 @@ impl Default for Lag {
     fn default() -> Self {
         Lag {
             max_us: AtomicU64::new(0),
-            counts: [const { AtomicU64::new(0) }; LAGS],
+            counts: [const { [const { AtomicU64::new(0) }; LAGS] }; 2],
+            window: AtomicU64::new(0),
             histogram: histogram!("kmorph_loop_lag_seconds"),
         }
     }
 }
 
 impl Lag {
-    /// A timer came this late.
-    pub fn record(&self, lag: Duration) {
+    /// A timer came this late; `now` is the time since the tree started.
+    pub fn record(&self, lag: Duration, now: Duration) {
         self.histogram.record(lag.as_secs_f64());
         let us = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
         self.max_us.fetch_max(us, Ordering::Relaxed);
-        self.counts[bucket(us)].fetch_add(1, Ordering::Relaxed);
+        self.counts[self.turn(now)][bucket(us)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// The latest since the start.
@@ -178,9 +184,12 @@ impl Lag {
         Duration::from_micros(self.max_us.load(Ordering::Relaxed))
     }
 
-    /// What `share` of all timers since the start were not later than, a quarter too high at most.
-    pub fn quantile(&self, share: f64) -> Duration {
-        let counts = self.counts.each_ref().map(|c| c.load(Ordering::Relaxed));
+    /// What `share` of the timers of the last ten to twenty seconds were not later than, a quarter too high
+    /// at most.
+    pub fn quantile(&self, share: f64, now: Duration) -> Duration {
+        self.turn(now);
+        let [a, b] = self.counts.each_ref().map(|w| w.each_ref().map(|c| c.load(Ordering::Relaxed)));
+        let counts: Vec<u64> = a.iter().zip(b).map(|(a, b)| a + b).collect();
         let wanted = counts.iter().sum::<u64>() as f64 * share;
         let mut below = 0;
         for (n, count) in counts.iter().enumerate() {
@@ -190,6 +199,19 @@ impl Lag {
             }
         }
         Duration::ZERO
+    }
+
+    /// Which counts are in use; those of a window that was not looked at are forgotten. A count of another thread
+    /// that falls between is lost, which no quantile shows.
+    fn turn(&self, now: Duration) -> usize {
+        let window = (now.as_secs() / WINDOW.as_secs().max(1)).max(self.window.load(Ordering::Relaxed));
+        let before = self.window.fetch_max(window, Ordering::Relaxed);
+        for stale in (before + 1..=window).rev().take(2) {
+            for count in &self.counts[(stale % 2) as usize] {
+                count.store(0, Ordering::Relaxed);
+            }
+        }
+        (window % 2) as usize
     }
 }
 
@@ -228,14 +250,21 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_of_what_was_recorded() {
+    fn quantiles_of_what_was_recorded_lately() {
         let lag = Lag::default();
-        assert_eq!(lag.quantile(0.99), Duration::ZERO);
+        let at = Duration::from_secs;
+        assert_eq!(lag.quantile(0.99, at(0)), Duration::ZERO);
         for us in 1..=1000 {
-            lag.record(Duration::from_micros(us));
+            lag.record(Duration::from_micros(us), at(us / 100));
         }
-        let p50 = lag.quantile(0.5).as_micros();
+        let p50 = lag.quantile(0.5, at(12)).as_micros();
         assert!((500..=625).contains(&p50), "{p50}");
-        assert_eq!(lag.quantile(1.0), Duration::from_micros(1000));
+        assert_eq!(lag.quantile(1.0, at(12)), Duration::from_micros(1000));
+        // Only the last window and this one count.
+        lag.record(Duration::from_micros(3), at(25));
+        assert_eq!(lag.quantile(0.5, at(29)), Duration::from_micros(3));
+        assert_eq!(lag.quantile(0.5, at(39)), Duration::from_micros(3));
+        assert_eq!(lag.quantile(0.5, at(40)), Duration::ZERO);
+        assert_eq!(lag.max(), Duration::from_micros(1000));
     }
 }

@@ -1,47 +1,43 @@
 %% SPDX-License-Identifier: Apache-2.0
-%% Supervise COUNT instances and say every five seconds how it goes.
+%% Supervises COUNT instances behind the sockets in a folder, until standard input ends or SIGTERM comes.
 -module(bench).
+-behaviour(application).
 
--export([main/1]).
+-export([main/0, start/2, stop/1]).
 
--define(TELL_MS, 5000).
--define(LOOK_MS, 20).
--define(INTENSITY, 100).
-
-main([Dir, CountText]) ->
-    Count = list_to_integer(CountText),
-    %% Answers; instances that have answered.
-    Answers = counters:new(2, [write_concurrency]),
-    Lags = bench_histogram:new(),
-    Shared = #{dir => Dir, count => Count, answers => Answers, lags => Lags},
-    {ok, _} = bench_sup:start_link(?INTENSITY),
-    [{ok, _} = bench_sup:add(Id, Shared) || Id <- lists:seq(1, Count)],
-    ready(Count, Answers),
-    io:format("ready ~b~n", [Count]),
-    Main = self(),
-    spawn_link(fun() -> wait_for_end(Main) end),
-    tell(Answers, Lags, bench_histogram:snapshot(Lags)).
-
-ready(Count, Answers) ->
-    case counters:get(Answers, 2) of
-        Up when Up >= Count -> ok;
-        _ -> timer:sleep(?LOOK_MS), ready(Count, Answers)
+main() ->
+    %% With -noshell an application that cannot start must end the VM itself.
+    case init:get_plain_arguments() of
+        [Dir, Text] ->
+            Application = {application, bench, [{mod, {bench, {Dir, list_to_integer(Text)}}}, {registered, []},
+                                                {applications, [kernel, stdlib]}, {vsn, "1"}]},
+            ok = application:load(Application),
+            ok = application:start(bench, permanent);
+        Other ->
+            io:format(standard_error, "bench: a folder and a number are needed, not ~p~n", [Other]),
+            halt(2)
     end.
 
-tell(Answers, Lags, Before) ->
-    receive
-        stop -> init:stop()
-    after ?TELL_MS ->
-        Now = bench_histogram:snapshot(Lags),
-        io:format("beats ~b lag_p99_us ~b~n",
-                  [counters:get(Answers, 1), bench_histogram:percentile(0.99, Before, Now)]),
-        tell(Answers, Lags, Now)
-    end.
+start(_, {Dir, Count}) when Count > 0, Count =< 65533 ->
+    1000000000 = erlang:convert_time_unit(1, second, native),
+    persistent_term:put(bench, #{
+        dir => Dir,
+        count => Count,
+        began => erlang:monotonic_time(millisecond),
+        up => atomics:new(Count, []),           % 1 for an instance that has answered
+        answers => counters:new(1, [write_concurrency]),
+        lags => bench_histogram:new(),
+        rtts => bench_histogram:new()
+    }),
+    {ok, Tree} = bench_sup:start_link(tree),
+    spawn_link(fun until_input_ends/0),
+    {ok, Tree}.
 
-%% Standard input ends with whoever started this.
-wait_for_end(Main) ->
+stop(_) -> ok.
+
+until_input_ends() ->
     case io:get_line("") of
-        eof -> Main ! stop;
-        {error, _} -> Main ! stop;
-        _ -> wait_for_end(Main)
+        eof -> init:stop();
+        {error, _} -> init:stop();
+        _ -> until_input_ends()
     end.

@@ -1,26 +1,36 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# run.sh DIR COUNT - supervise the instances 1 to COUNT behind the sockets DIR/<id + 2>_9000 with Erlang/OTP.
-# run.sh --test    - check the frames against ones the Rust codec wrote.
+# run.sh DIR COUNT   supervise the instances 1 to COUNT behind the sockets DIR/<id + 2>_9000 with Erlang/OTP
+# run.sh --test      check the codec, partly against frames that the Rust codec wrote
 #
-# Standard output: "ready COUNT" once all have answered, then every 5 s "beats TOTAL lag_p99_us N".
-# It does what kmorphd does for a heartbeat, except looking at the pulse, which is memory Erlang cannot map.
-set -euo pipefail
+# Standard output: "ready COUNT" once all have answered, then every 5 s "beats TOTAL lag_p99_us N". See README.md.
+set -eu
+fail() { echo "run.sh: $1" >&2; exit 1; }
+
 here=$(cd "$(dirname "$0")" && pwd)
-build=${KMORPH_BENCH_BUILD:-$(mktemp -d)}
-command -v erlc >/dev/null || { echo "run.sh: no erlc; apt-get install --no-install-recommends erlang-base" >&2; exit 1; }
+command -v erlc >/dev/null || fail "no erlc: apt-get install -y --no-install-recommends erlang-base"
+build=${KMORPH_BENCH_BUILD:-}
+[ -n "$build" ] || build=$(mktemp -d)
 mkdir -p "$build"
-erlc +deterministic -I "$here" -o "$build" "$here"/*.erl
+erlc -Werror +deterministic -I "$here" -o "$build" "$here"/*.erl || fail "the program does not compile"
 
 if [ "${1:-}" = --test ]; then
-	exec erl -noshell -pa "$build" -eval 'halt(bench_test:run()).'
+	exec erl -noinput -pa "$build" -run bench_test main
 fi
 [ $# -eq 2 ] || { echo "usage: run.sh DIR COUNT | --test" >&2; exit 2; }
-[ "$(ulimit -n)" = unlimited ] || [ "$(ulimit -n)" -gt $(($2 + 100)) ] || ulimit -n $(($2 + 1000)) ||
-	{ echo "run.sh: $2 connections need more descriptors; raise ulimit -n" >&2; exit 1; }
+[ -d "$1" ] || fail "no folder $1"
+case $2 in '' | *[!0-9]*) fail "$2 is no number of instances" ;; esac
 
-# erl replaces itself, so the process id stays. What makes it cheap: kernel polling in the schedulers' own time and no
-# busy waiting, which would count as CPU time.
-exec erl -noshell -pa "$build" +sbwt none +sbwtdcpu none +sbwtdio none +P 262144 +Q 262144 \
-	-kernel logger_level warning -eval "bench:main([\"$1\", \"$2\"])."
+# As root beyond the hard limit; else as far as it goes, which must do.
+ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -H -n)"
+limit=$(ulimit -n)
+[ "$limit" = unlimited ] || [ "$limit" -ge $(($2 + 100)) ] ||
+	fail "$2 connections need $(($2 + 100)) descriptors, the limit is $limit: raise it (ulimit -n, LimitNOFILE)"
+
+# erl and erlexec replace themselves, so this process becomes the VM. README.md says what the options do.
+# shellcheck disable=SC2086
+exec erl -noshell -pa "$build" +sbwt none +sbwtdcpu none +sbwtdio none +P 65536 +Q 65536 \
+	-kernel logger_level warning \
+	-kernel logger '[{handler, default, logger_std_h, #{config => #{type => standard_error}}}]' \
+	${KMORPH_BENCH_ERL_FLAGS:-} -s bench main -extra "$1" "$2"

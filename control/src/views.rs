@@ -263,7 +263,7 @@ pub struct DaemonView {
     pub pool_free_bytes: u64,
     /// Longest the daemon's own loop was late, milliseconds.
     pub max_lag_ms: f64,
-    /// How late 99 of 100 of its timers came at most, milliseconds.
+    /// How late 99 of 100 of its timers of the last seconds came at most, milliseconds.
     #[serde(default)]
     pub lag_p99_ms: f64,
     /// Address metrics are served at.

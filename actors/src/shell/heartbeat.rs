@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::children::{ChildDef, Started};
+use super::connection::Command;
 use super::instance::{Env, InstanceMsg};
 use super::link::Link;
 use super::transport::TransportMsg;
@@ -94,11 +95,25 @@ pub(crate) struct HeartbeatState {
     metrics: Beats,
     watched: Option<Watched>,
     due: Option<Instant>,
+    /// Nothing was looked at yet since the watch began.
+    first: bool,
+}
+
+/// Where in an interval an instance is looked at: spread evenly, so that thousands which begin at once do not go
+/// on together. The fraction is that of the golden ratio.
+fn phase(id: InstanceId) -> f64 {
+    (f64::from(id.0) * 0.618_033_988_75).fract()
 }
 
 impl HeartbeatState {
     fn now(&self) -> Duration {
         self.args.env.now()
+    }
+
+    /// Look at once, and then in turn.
+    fn begin(&mut self) {
+        self.first = true;
+        self.arm(Duration::ZERO);
     }
 
     fn arm(&mut self, after: Duration) {
@@ -116,7 +131,7 @@ impl HeartbeatState {
             pulse_error: None,
         });
         *self.args.readings.lock() = Readings::default();
-        self.arm(Duration::ZERO);
+        self.begin();
     }
 
     fn policy(&mut self, policy: Policy) {
@@ -125,7 +140,7 @@ impl HeartbeatState {
         w.policy = policy;
         w.pulse.set_silence(policy.pulse_silence(), now);
         w.beats.set_times(policy.heartbeat_interval(), policy.heartbeat_timeout, now);
-        self.arm(Duration::ZERO);
+        self.begin();
     }
 
     fn tell(&self, incarnation: u64, event: Event) {
@@ -135,8 +150,8 @@ impl HeartbeatState {
     fn tick(&mut self) {
         let Some(due) = self.due.take() else { return };
         let lag = due.elapsed();
-        self.args.env.lag.record(lag);
         let now = self.now();
+        self.args.env.lag.record(lag, now);
         let Some(w) = &mut self.watched else { return };
         let (incarnation, interval) = (w.incarnation, w.policy.sample_interval());
         if lag > w.policy.lag_limit() {
@@ -147,7 +162,8 @@ impl HeartbeatState {
         }
         self.look();
         self.beats();
-        self.arm(interval);
+        let first = std::mem::take(&mut self.first);
+        self.arm(if first { interval.mul_f64(phase(self.args.id)) } else { interval });
     }
 
     fn look(&mut self) {
@@ -204,8 +220,10 @@ impl HeartbeatState {
         let serial = w.beats.send(now);
         let (id, incarnation, to) = (self.args.id, w.incarnation, self.args.link.clone());
         let guardian_ms = w.policy.guardian_ms();
-        let beat = TransportMsg::Beat { id, incarnation, serial, metrics: true, guardian_ms, to };
-        self.args.env.transport.send(beat);
+        let beat = Command::Beat { serial, metrics: true, guardian_ms, to };
+        if let Err(command) = self.args.env.connections.command(id, incarnation, beat) {
+            self.args.env.transport.send(TransportMsg::Beat { id, incarnation, command });
+        }
         Some(serial)
     }
 
@@ -266,7 +284,7 @@ impl Actor for Heartbeat {
         args: HeartbeatArgs,
     ) -> Result<HeartbeatState, Failure> {
         let metrics = Beats::of(&args.name);
-        Ok(HeartbeatState { args, metrics, watched: None, due: None })
+        Ok(HeartbeatState { args, metrics, watched: None, due: None, first: true })
     }
 
     fn due(&self, state: &HeartbeatState) -> Option<Instant> {

@@ -2,19 +2,19 @@
 //! has to be told again after this actor was restarted.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_platform::{InstanceId, Platform};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use super::children::{ChildDef, Started};
 use super::connection::{self, Command, ConnectionArgs};
 use super::directory::Directory;
-use super::heartbeat::HeartbeatMsg;
 use super::link::Link;
 use crate::core::supervisor::ChildSpec;
 
@@ -25,14 +25,7 @@ const QUEUE: usize = 16;
 /// Messages of the transport.
 pub(crate) enum TransportMsg {
     /// Send a heartbeat request to this life of an instance.
-    Beat {
-        id: InstanceId,
-        incarnation: u64,
-        serial: u64,
-        metrics: bool,
-        guardian_ms: u32,
-        to: Link<HeartbeatMsg>,
-    },
+    Beat { id: InstanceId, incarnation: u64, command: Command },
     /// Ask the agent to stop its workload.
     Terminate {
         id: InstanceId,
@@ -50,6 +43,7 @@ pub(crate) struct TransportArgs {
     pub(crate) platform: Arc<dyn Platform>,
     pub(crate) directory: Directory,
     pub(crate) link: Link<TransportMsg>,
+    pub(crate) connections: Connections,
     pub(crate) release: String,
     pub(crate) seed: u64,
 }
@@ -60,49 +54,77 @@ struct Entry {
     task: AbortHandle,
 }
 
+/// The connections there are. The transport makes and closes them; heartbeats use one that is there without going
+/// through the transport's mailbox, where ten thousand instances would meet.
+#[derive(Clone, Default)]
+pub(crate) struct Connections(Arc<RwLock<HashMap<InstanceId, Entry>>>);
+
+impl Connections {
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<InstanceId, Entry>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<InstanceId, Entry>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Give a command to the connection to this life. Given back when there is none: the transport makes one.
+    pub(crate) fn command(&self, id: InstanceId, incarnation: u64, command: Command) -> Result<(), Command> {
+        let all = self.read();
+        let Some(entry) = all.get(&id).filter(|e| e.incarnation == incarnation) else { return Err(command) };
+        match entry.commands.try_send(command) {
+            // A full queue means a stuck connection: this heartbeat will count as missed.
+            Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
+            Err(TrySendError::Closed(command)) => Err(command),
+        }
+    }
+}
+
 pub(crate) struct TransportState {
     args: TransportArgs,
-    connections: HashMap<InstanceId, Entry>,
 }
 
 impl Drop for TransportState {
     fn drop(&mut self) {
-        for entry in self.connections.values() {
+        for (_, entry) in self.args.connections.write().drain() {
             entry.task.abort();
         }
     }
 }
 
 impl TransportState {
-    /// The connection to this life; `None` for a life that is over.
-    fn connection(&mut self, id: InstanceId, incarnation: u64) -> Option<&mpsc::Sender<Command>> {
-        let stale = match self.connections.get(&id) {
+    /// The connection to this life, made if there is none; `None` for a life that is over.
+    fn connection(&mut self, id: InstanceId, incarnation: u64) -> Option<mpsc::Sender<Command>> {
+        let all = self.args.connections.read();
+        match all.get(&id) {
             Some(e) if e.incarnation > incarnation => return None,
-            Some(e) => e.incarnation < incarnation || e.commands.is_closed(),
-            None => true,
-        };
-        if stale {
-            self.close(id, incarnation);
-            let owner = self.args.directory.link(id)?;
-            let (commands, receiver) = mpsc::channel(QUEUE);
-            let args = ConnectionArgs {
-                platform: self.args.platform.clone(),
-                id,
-                incarnation,
-                release: self.args.release.clone(),
-                owner,
-                seed: self.args.seed ^ u64::from(id.0),
-            };
-            let task = tokio::spawn(connection::run(args, receiver)).abort_handle();
-            self.connections.insert(id, Entry { incarnation, commands, task });
+            Some(e) if e.incarnation == incarnation && !e.commands.is_closed() => {
+                return Some(e.commands.clone());
+            }
+            _ => {}
         }
-        self.connections.get(&id).map(|e| &e.commands)
+        drop(all);
+        self.close(id, incarnation);
+        let owner = self.args.directory.link(id)?;
+        let (commands, receiver) = mpsc::channel(QUEUE);
+        let args = ConnectionArgs {
+            platform: self.args.platform.clone(),
+            id,
+            incarnation,
+            release: self.args.release.clone(),
+            owner,
+            seed: self.args.seed ^ u64::from(id.0),
+        };
+        let task = tokio::spawn(connection::run(args, receiver)).abort_handle();
+        self.args.connections.write().insert(id, Entry { incarnation, commands: commands.clone(), task });
+        Some(commands)
     }
 
     fn close(&mut self, id: InstanceId, incarnation: u64) {
-        if self.connections.get(&id).is_some_and(|e| e.incarnation <= incarnation) {
+        let mut all = self.args.connections.write();
+        if all.get(&id).is_some_and(|e| e.incarnation <= incarnation) {
             // Its task ends when the last sender of commands is gone.
-            self.connections.remove(&id);
+            all.remove(&id);
         }
     }
 }
@@ -120,7 +142,7 @@ impl Actor for Transport {
         _: ActorRef<TransportMsg>,
         args: TransportArgs,
     ) -> Result<TransportState, Failure> {
-        Ok(TransportState { args, connections: HashMap::new() })
+        Ok(TransportState { args })
     }
 
     async fn handle(
@@ -131,10 +153,10 @@ impl Actor for Transport {
     ) -> Result<(), Failure> {
         state.args.link.taken();
         match message {
-            TransportMsg::Beat { id, incarnation, serial, metrics, guardian_ms, to } => {
+            TransportMsg::Beat { id, incarnation, command } => {
                 if let Some(connection) = state.connection(id, incarnation) {
                     // A full queue means a stuck connection: this heartbeat will count as missed.
-                    let _ = connection.try_send(Command::Beat { serial, metrics, guardian_ms, to });
+                    let _ = connection.try_send(command);
                 }
             }
             TransportMsg::Terminate { id, incarnation, grace, reply } => {

@@ -25,7 +25,7 @@ use super::link::Link;
 use super::log::EventLog;
 use super::service::Service;
 use super::supervisor::{SupervisorActor, SupervisorArgs, SupervisorMsg, supervisor_child};
-use super::transport::{self, TransportArgs};
+use super::transport::{self, Connections, TransportArgs};
 use super::view;
 use crate::config::{Definitions, StartError, TreeConfig};
 use crate::core::policy::{Key, Patch, Policy};
@@ -83,11 +83,13 @@ impl Tree {
         crate::telemetry::describe();
         let directory = Directory::default();
         let transport = Link::new("transport");
+        let connections = Connections::default();
         let env = Arc::new(Env {
             config: config.clone(),
             platform: platform.clone(),
             store,
             transport: transport.clone(),
+            connections: connections.clone(),
             lag: Lag::default(),
             base: Instant::now(),
             log: EventLog::default(),
@@ -103,6 +105,7 @@ impl Tree {
                 platform: platform.clone(),
                 directory: directory.clone(),
                 link: transport,
+                connections,
                 release: config.release.clone(),
                 seed: config.seed,
             }),
@@ -279,9 +282,9 @@ impl Tree {
         self.env.lag.max()
     }
 
-    /// How late this share of the daemon's timers came at most since it started.
+    /// How late this share of the daemon's timers came at most in the last ten to twenty seconds.
     pub fn lag(&self, share: f64) -> Duration {
-        self.env.lag.quantile(share)
+        self.env.lag.quantile(share, self.env.now())
     }
 
     /// End the tree and leave running kernels running: the next daemon adopts them. Safe to call again.

@@ -26,7 +26,7 @@ use super::groups::{GroupIncidents, GroupsMsg};
 use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
 use super::link::Link;
 use super::log::EventLog;
-use super::transport::TransportMsg;
+use super::transport::{Connections, TransportMsg};
 use crate::config::{Settings, TreeConfig};
 use crate::core::health::{self, Health};
 use crate::core::policy::{Patch, Policy};
@@ -41,6 +41,7 @@ pub(crate) struct Env {
     pub(crate) platform: Arc<dyn Platform>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) transport: Link<TransportMsg>,
+    pub(crate) connections: Connections,
     pub(crate) lag: Lag,
     pub(crate) base: Instant,
     pub(crate) log: EventLog,

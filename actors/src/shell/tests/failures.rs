@@ -14,7 +14,8 @@ const RECOVERY: [&str; 6] = [
 async fn a_panic_is_fenced_at_once_and_the_instance_is_started_anew() {
     let w = world().await;
     w.up("web").await;
-    w.pass(Duration::from_secs(3)).await;
+    // Between two looks at the pulse, so that the notice is what is heard first.
+    w.pass(Duration::from_millis(3011)).await;
     let at = Instant::now();
     w.fake.panic(1, "sysrq triggered crash").await;
     let fenced = w.fake.called("fence 1 1").await;
