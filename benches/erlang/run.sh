@@ -30,7 +30,7 @@ limit=$(ulimit -n)
 
 # erl and erlexec replace themselves, so this process becomes the VM. README.md says what the options do.
 # shellcheck disable=SC2086
-exec erl -noshell -pa "$build" +sbwt none +sbwtdcpu none +sbwtdio none +P 65536 +Q 65536 \
+exec erl -noshell -pa "$build" +S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +Mulmbcs 1024 +P 65536 +Q 65536 \
 	-kernel logger_level warning \
 	-kernel logger '[{handler, default, logger_std_h, #{config => #{type => standard_error}}}]' \
 	${KMORPH_BENCH_ERL_FLAGS:-} -s bench main -extra "$1" "$2"

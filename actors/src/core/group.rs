@@ -164,6 +164,7 @@ impl Group {
             return out;
         }
         match standing {
+            _ if self.dropped.iter().any(|m| m == member) => self.dropping(now, member, standing, &mut out),
             Standing::Up => self.up(now, member, &mut out),
             // Stopped on purpose: it counts as stopped when its resources are back.
             Standing::Down if was == Some(Standing::Down) || self.under_way(member) == Some(false) => {}
@@ -185,6 +186,25 @@ impl Group {
             out.push(Action::Settled);
         }
         out
+    }
+
+    /// A member that was told that it is given up says where it stands. Told while its start was under way, it
+    /// could not obey: it is told again when the start has failed, and stopped when the start succeeded.
+    fn dropping(&mut self, now: Duration, member: &str, standing: Standing, out: &mut Vec<Action>) {
+        let why = self.given_up.clone().unwrap_or_default();
+        match standing {
+            Standing::Starting | Standing::Down => return,
+            Standing::Held => return self.give_up(member, why, out),
+            Standing::Up => {
+                self.condemned.push(member.to_owned());
+                out.push(Action::Stop { member: member.to_owned(), why });
+            }
+            // It obeyed, or an operator was faster.
+            Standing::GivenUp | Standing::Left => {
+                self.feed(now, supervisor::Event::Withdrawn(member.to_owned()), out);
+            }
+        }
+        self.dropped.retain(|m| m != member);
     }
 
     fn busy(&self) -> bool {
@@ -247,7 +267,6 @@ impl Group {
 
     fn up(&mut self, now: Duration, member: &str, out: &mut Vec<Action>) {
         self.condemned.retain(|m| m != member);
-        self.dropped.retain(|m| m != member);
         let down = self.supervisor.as_ref().is_some_and(Supervisor::is_down);
         if down {
             // An operator brought a member of a group that was given up back: the group lives again.
@@ -285,10 +304,6 @@ impl Group {
     fn member_given_up(&mut self, now: Duration, member: &str, was: Option<Standing>, out: &mut Vec<Action>) {
         // Asked to stop or start all the same: there is nothing to wait for.
         self.feed(now, supervisor::Event::Withdrawn(member.to_owned()), out);
-        if let Some(at) = self.dropped.iter().position(|m| m == member) {
-            self.dropped.remove(at);
-            return;
-        }
         if was == Some(Standing::GivenUp) || self.supervisor.as_ref().is_some_and(Supervisor::is_down) {
             return;
         }

@@ -1,3 +1,5 @@
+use std::collections::VecDeque;
+
 use proptest::prelude::{prop, prop_assert, proptest};
 
 use super::*;
@@ -257,5 +259,131 @@ proptest! {
                 );
             }
         }
+    }
+}
+
+/// A member that does what it is told when it gets to it, and the group that hears of it when it gets to that.
+#[derive(Debug)]
+struct Race {
+    group: Group,
+    now: Duration,
+    orders: [VecDeque<Action>; 3],
+    /// What members said and the group has not heard.
+    said: VecDeque<(usize, Standing)>,
+    standing: [Standing; 3],
+    /// Started as soon as it is back.
+    go: [bool; 3],
+    /// Stopped as soon as it is started.
+    halt: [bool; 3],
+}
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+impl Race {
+    fn say(&mut self, at: usize, standing: Standing) {
+        self.standing[at] = standing;
+        self.said.push_back((at, standing));
+    }
+
+    fn hear(&mut self) {
+        let Some((at, standing)) = self.said.pop_front() else { return };
+        for action in self.group.step(self.now, NAMES[at], standing) {
+            let (Action::Stop { member, .. } | Action::Start(member) | Action::GiveUp { member, .. }) =
+                &action
+            else {
+                continue;
+            };
+            let to = NAMES.iter().position(|n| n == member).unwrap();
+            self.orders[to].push_back(action);
+        }
+    }
+
+    /// As the machine of a recovery answers its group.
+    fn obey(&mut self, at: usize) {
+        let Some(order) = self.orders[at].pop_front() else { return };
+        let standing = match (order, self.standing[at]) {
+            (Action::Stop { .. }, Standing::Up) => {
+                self.go[at] = false;
+                Standing::Down
+            }
+            (Action::Start(_), Standing::Held) => Standing::Starting,
+            (Action::GiveUp { .. }, Standing::Held | Standing::Down) => Standing::GivenUp,
+            (order, standing) => {
+                match (order, standing) {
+                    (Action::Stop { .. }, Standing::Starting) => self.halt[at] = true,
+                    (Action::Stop { .. }, Standing::Down) => self.go[at] = false,
+                    (Action::Start(_), Standing::Down) => self.go[at] = true,
+                    _ => {}
+                }
+                standing
+            }
+        };
+        // The group waits for an answer, also when there was nothing to do.
+        self.say(at, standing);
+    }
+
+    /// What a member does by itself comes to its end.
+    fn end(&mut self, at: usize, well: bool) {
+        match self.standing[at] {
+            Standing::Down if !well => self.say(at, Standing::GivenUp),
+            Standing::Down if std::mem::take(&mut self.go[at]) => self.say(at, Standing::Starting),
+            Standing::Down => self.say(at, Standing::Held),
+            Standing::Starting if !well => {
+                self.halt[at] = false;
+                self.say(at, Standing::Held);
+            }
+            Standing::Starting if std::mem::take(&mut self.halt[at]) => self.say(at, Standing::Down),
+            Standing::Starting => self.say(at, Standing::Up),
+            _ => {}
+        }
+    }
+}
+
+proptest! {
+    /// The same when orders and answers cross each other: members fail, come back and are given up while
+    /// orders are on their way to them.
+    #[test]
+    fn no_member_is_forgotten_when_orders_cross(
+        ops in prop::collection::vec((0usize..3, 0u8..8, 0u64..10), 0..120),
+        strategy in 0usize..3,
+        intensity in 0u32..6,
+    ) {
+        let strategy = [Strategy::OneForOne, Strategy::OneForAll, Strategy::RestForOne][strategy];
+        let mut race = Race {
+            group: Group::new(spec(strategy, intensity)),
+            now: MS,
+            orders: Default::default(),
+            said: VecDeque::new(),
+            standing: [Standing::Up; 3],
+            go: [false; 3],
+            halt: [false; 3],
+        };
+        (0..3).for_each(|at| race.say(at, Standing::Up));
+        for (at, op, wait) in ops {
+            race.now += Duration::from_secs(wait);
+            match op {
+                0 if race.standing[at] == Standing::Up => {
+                    race.go[at] = false;
+                    race.say(at, Standing::Down);
+                }
+                1 if matches!(race.standing[at], Standing::GivenUp | Standing::Left) => race.say(at, Standing::Up),
+                2 => race.say(at, Standing::Left),
+                3 => race.end(at, false),
+                4 => race.end(at, true),
+                5 | 6 => race.obey(at),
+                _ => race.hear(),
+            }
+        }
+        // No more faults: everything that is on its way arrives.
+        for _ in 0..200 {
+            race.hear();
+            (0..3).for_each(|at| race.obey(at));
+            (0..3).for_each(|at| race.end(at, true));
+        }
+        prop_assert!(race.said.is_empty() && race.orders.iter().all(VecDeque::is_empty), "no rest: {race:?}");
+        for standing in race.standing {
+            prop_assert!(matches!(standing, Standing::Up | Standing::Left | Standing::GivenUp), "{race:?}");
+        }
+        prop_assert!(!race.group.busy(), "{race:?}");
     }
 }

@@ -23,6 +23,17 @@ pub struct Saved {
     pub held: bool,
 }
 
+impl Saved {
+    /// The record when a younger kernel than it knows is found: whatever was going on ended with a start, which
+    /// a journal that could not be written does not have. The younger kernel did nothing that it is to be
+    /// stopped for.
+    #[must_use]
+    pub fn outdated(self) -> Saved {
+        let phase = if self.incident { Phase::Booting } else { Phase::Monitoring };
+        Saved { phase, goal: Goal::Restart, first: false, ..self }
+    }
+}
+
 /// What else decides how an instance is driven.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Duties {

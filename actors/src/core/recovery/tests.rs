@@ -334,6 +334,31 @@ fn resume_table() {
 }
 
 #[test]
+fn a_kernel_younger_than_the_record_is_not_stopped_for_what_the_one_before_did() {
+    let incident = "a RESTARTING watch(false)";
+    for (from, want) in [
+        ('s', "m watch(true)"),
+        ('b', incident),
+        ('a', incident),
+        ('m', "m watch(true)"),
+        ('d', incident),
+        ('p', incident),
+        ('c', incident),
+        ('r', incident),
+        ('w', incident),
+        ('h', incident),
+        ('!', incident),
+        ('F', "m watch(true)"),
+        ('f', "m watch(true)"),
+    ] {
+        let saved = at(from).saved().outdated();
+        let (m, actions) =
+            Recovery::resume(Policy::default(), 1, saved, Found::Running, MS, Duties::default());
+        assert_eq!(format!("{} {}", letter(m.phase()), trace(&actions)), want, "{from}");
+    }
+}
+
+#[test]
 fn an_operators_start_that_was_cut_off_is_undone() {
     for (events, found, want) in [
         (&[0][..], Found::Nothing, "s STOPPED"),

@@ -514,6 +514,9 @@ impl InstanceActorState {
                                 instance = %self.args.instance.name, found = e.incarnation,
                                 remembered = r.incarnation, "another incarnation than remembered"
                             );
+                            if e.incarnation > r.incarnation {
+                                r.saved = r.saved.outdated();
+                            }
                             r.incarnation = e.incarnation;
                         }
                         r.region = Some(e.region);

@@ -1,15 +1,13 @@
 //! A machine with CPUs and memory that looks at everything the supervisor asks of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kmorph_platform::*;
-use kmp::io::Connection;
-use kmp::message::{ByeAck, HeartbeatRsp, Hello, Message};
-use kmp::session::Event;
 use tokio::sync::{mpsc, watch};
 
+use super::agent::{Agent, Shares};
 use super::*;
 
 const BEAT: Duration = Duration::from_millis(100);
@@ -32,15 +30,27 @@ struct Kernel {
     trouble: watch::Sender<Trouble>,
     /// Its CPUs run.
     running: bool,
-    /// Something was done to it in this life.
-    harmed: bool,
+    /// It has ended: it hangs or has panicked.
+    dead: bool,
+    /// Its pulse stopped, or its user space was out of reach, for a while in this life. Both together look
+    /// like death; one alone does not.
+    pulse_stopped: bool,
+    agent_troubled: bool,
+    /// Its agent has answered a heartbeat: until then trouble with it is a boot that failed.
+    served: Arc<AtomicBool>,
+    /// When it has its CPU; absent: always.
+    shares: Option<Arc<Shares>>,
     region: MemoryRange,
     cpus: Vec<u32>,
 }
 
 impl Kernel {
     fn beats(&self) -> u64 {
-        self.frozen.unwrap_or((self.started.elapsed().as_millis() / BEAT.as_millis()) as u64 + 1)
+        let beaten =
+            |at: Instant| (at.duration_since(self.started).as_millis() / BEAT.as_millis()) as u64 + 1;
+        let now = Instant::now();
+        let last = self.shares.as_ref().map_or(now, |s| s.last(now).max(self.started));
+        self.frozen.unwrap_or_else(|| beaten(last))
     }
 }
 
@@ -51,8 +61,15 @@ struct State {
     events: Option<mpsc::Sender<PlatformEvent>>,
     /// Whether instances 1 to 3 are a group.
     grouped: bool,
+    shares: BTreeMap<InstanceId, Arc<Shares>>,
+    /// The last fence that was asked for.
+    fenced: watch::Sender<Option<(InstanceId, Instant)>>,
     /// Calls that fail, still.
     fumbles: u32,
+    /// Fences that stop some CPUs only, still.
+    half_fences: u32,
+    /// Lives in which something was done to an instance, or that were ended by the supervisor.
+    harmed: BTreeSet<(InstanceId, u64)>,
     log: Vec<String>,
     /// What must never happen and did. A panic in a call would only end the task that made it.
     broken: Vec<String>,
@@ -76,7 +93,11 @@ impl Machine {
             alive: Arc::default(),
             events: None,
             grouped,
+            shares: BTreeMap::new(),
+            fenced: watch::Sender::new(None),
             fumbles: 0,
+            half_fences: 0,
+            harmed: BTreeSet::new(),
             log: vec![],
             broken: vec![],
             began: Instant::now(),
@@ -98,6 +119,21 @@ impl Machine {
         });
     }
 
+    /// From its next start on it has its CPU at these times only.
+    pub(super) fn share(&self, id: InstanceId, shares: Shares) {
+        self.with(|s| s.shares.insert(id, Arc::new(shares)));
+    }
+
+    /// Fences that are asked for, as they come.
+    pub(super) fn fences(&self) -> watch::Receiver<Option<(InstanceId, Instant)>> {
+        self.with(|s| s.fenced.subscribe())
+    }
+
+    /// That a kernel served is written nowhere: the next daemon takes it for one that is starting.
+    pub(super) fn forget_service(&self) {
+        self.with(|s| s.kernels.values().for_each(|k| k.served.store(false, Ordering::SeqCst)));
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
@@ -113,7 +149,7 @@ impl Machine {
     fn harm(&self, id: InstanceId, what: &str, f: impl FnOnce(&mut Kernel)) {
         self.with(|s| {
             if let Some(k) = s.kernels.get_mut(&id).filter(|k| k.running) {
-                k.harmed = true;
+                s.harmed.insert((id, k.incarnation));
                 f(k);
                 let text = format!("{id} {what}");
                 s.say(text);
@@ -123,6 +159,7 @@ impl Machine {
 
     pub(super) fn hang(&self, id: InstanceId) {
         self.harm(id, "hangs", |k| {
+            k.dead = true;
             k.frozen = Some(k.beats());
             k.trouble.send_replace(Trouble::AgentSilent);
         });
@@ -131,6 +168,7 @@ impl Machine {
     /// A panic; its notice may be lost.
     pub(super) fn panic(&self, id: InstanceId, noticed: bool) {
         self.harm(id, "panics", |k| {
+            k.dead = true;
             k.frozen = Some(k.beats());
             k.state = KernelState::Panicked("simulated".into());
             k.trouble.send_replace(Trouble::AgentSilent);
@@ -148,14 +186,44 @@ impl Machine {
 
     pub(super) fn trouble(&self, id: InstanceId, trouble: Trouble) {
         self.harm(id, &format!("{trouble:?}"), |k| {
+            k.agent_troubled = true;
             k.trouble.send_replace(trouble);
         });
+    }
+
+    /// Nobody can connect to anybody.
+    pub(super) fn partition(&self) {
+        let ids: Vec<InstanceId> = self.with(|s| s.kernels.keys().copied().collect());
+        ids.into_iter().for_each(|id| self.trouble(id, Trouble::Unreachable));
+    }
+
+    /// Its pulse stops, and its agent answers.
+    pub(super) fn stop_pulse(&self, id: InstanceId) {
+        self.harm(id, "has no pulse", |k| {
+            k.pulse_stopped = true;
+            k.frozen = Some(k.beats());
+        });
+    }
+
+    /// The next fence leaves a CPU running.
+    pub(super) fn half_fence(&self) {
+        self.with(|s| s.half_fences = 1 + s.dice.roll(4) as u32);
+    }
+
+    /// Whether something was done to this life.
+    pub(super) fn harmed(&self, id: InstanceId, incarnation: u64) -> bool {
+        self.with(|s| s.harmed.contains(&(id, incarnation)))
+    }
+
+    pub(super) fn accuse(&self, text: String) {
+        self.with(|s| s.broken.push(text));
     }
 
     /// A living kernel is well again.
     pub(super) fn heal(&self, id: InstanceId) {
         self.harm(id, "is healed", |k| {
-            if k.frozen.is_none() {
+            if !k.dead {
+                k.frozen = None;
                 k.trouble.send_replace(Trouble::None);
             }
         });
@@ -168,7 +236,7 @@ impl Machine {
 
     pub(super) fn calm(&self) {
         let ids: Vec<InstanceId> = self.with(|s| {
-            s.fumbles = 0;
+            (s.fumbles, s.half_fences) = (0, 0);
             s.kernels.keys().copied().collect()
         });
         ids.into_iter().for_each(|id| self.heal(id));
@@ -262,7 +330,11 @@ impl Platform for Life {
                 state: KernelState::Ready,
                 trouble: watch::Sender::new(Trouble::None),
                 running: true,
-                harmed: false,
+                dead: false,
+                pulse_stopped: false,
+                agent_troubled: false,
+                served: Arc::default(),
+                shares: s.shares.get(&id).cloned(),
                 region,
                 cpus: r.spec.cpus.clone(),
             };
@@ -280,13 +352,30 @@ impl Platform for Life {
     }
 
     async fn fence(&self, id: InstanceId, incarnation: u64) -> Result<FenceReport, PlatformError> {
+        self.machine.with(|s| s.fenced.send_replace(Some((id, Instant::now()))));
         self.call(format!("fence {id} {incarnation}")).await?;
         let grouped = self.machine.with(|s| s.grouped) && id.0 <= 3;
         // Members of a group are stopped for others; everybody else only for what was done to them.
-        let guilty = self.with_kernel(id, incarnation, |k| k.harmed || !k.running)?;
+        let guilty = self.with_kernel(id, incarnation, |k| {
+            let boot_failed = !k.served.load(Ordering::SeqCst) && (k.pulse_stopped || k.agent_troubled);
+            k.dead || !k.running || boot_failed || (k.pulse_stopped && k.agent_troubled)
+        })?;
         if !guilty && !grouped {
-            let text = format!("{id} is fenced, and nothing was ever wrong with incarnation {incarnation}");
-            self.machine.with(|s| s.broken.push(text));
+            self.machine
+                .accuse(format!("{id} is fenced, and its incarnation {incarnation} never looked dead"));
+        }
+        let half = self.machine.with(|s| {
+            s.harmed.insert((id, incarnation));
+            let half = s.half_fences > 0;
+            s.half_fences -= u32::from(half);
+            half
+        });
+        if half {
+            return self.with_kernel(id, incarnation, |k| FenceReport {
+                cpus: k.cpus.iter().map(|c| (*c, false)).collect(),
+                complete: false,
+                took: BEAT,
+            });
         }
         self.with_kernel(id, incarnation, |k| {
             k.frozen = Some(k.beats());
@@ -320,13 +409,15 @@ impl Platform for Life {
         incarnation: u64,
         _: u32,
     ) -> Result<Box<dyn Stream>, PlatformError> {
-        let (trouble, since) =
-            self.with_kernel(id, incarnation, |k| (k.trouble.subscribe(), k.started.elapsed()))?;
-        if *trouble.borrow() == Trouble::Unreachable || since < Duration::from_millis(300) {
+        let (agent, since) = self.with_kernel(id, incarnation, |k| {
+            let (trouble, served, shares) = (k.trouble.subscribe(), k.served.clone(), k.shares.clone());
+            (Agent { id, incarnation, trouble, served, shares }, k.started.elapsed())
+        })?;
+        if *agent.trouble.borrow() == Trouble::Unreachable || since < Duration::from_millis(300) {
             return Err(PlatformError::os("connect", "connection refused"));
         }
         let (here, there) = tokio::io::duplex(4096);
-        tokio::spawn(agent(there, id, incarnation, trouble));
+        tokio::spawn(agent.serve(there));
         Ok(Box::new(here))
     }
 
@@ -336,44 +427,5 @@ impl Platform for Life {
 
     async fn release_all(&self) -> Result<(), PlatformError> {
         Ok(())
-    }
-}
-
-async fn agent(
-    stream: tokio::io::DuplexStream,
-    id: InstanceId,
-    incarnation: u64,
-    mut trouble: watch::Receiver<Trouble>,
-) {
-    let identity = Hello { instance: id.0, incarnation, release: "6.12.9".into(), ..Hello::default() };
-    let limit = Duration::from_secs(1);
-    let Ok((mut connection, _)) = Connection::accept(stream, identity, || 0, limit).await else { return };
-    loop {
-        let event = tokio::select! {
-            biased;
-            changed = trouble.changed() => {
-                if changed.is_err() || *trouble.borrow() == Trouble::Unreachable {
-                    return;
-                }
-                continue;
-            }
-            event = connection.next() => event,
-        };
-        let silent = *trouble.borrow() != Trouble::None;
-        match event {
-            Event::Message { message: Message::HeartbeatReq(_), .. } if silent => {}
-            Event::Message { header, message: Message::HeartbeatReq(_) } => {
-                let answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
-                if connection.queue(header.sequence, &answer.into()).is_err() {
-                    return;
-                }
-            }
-            Event::Message { message: Message::Bye(_), .. } if !silent => {
-                let _ = connection.confirm_bye(ByeAck { detail: "stopped".into() }).await;
-                return;
-            }
-            Event::Closed { .. } => return,
-            _ => {}
-        }
     }
 }
