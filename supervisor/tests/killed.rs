@@ -65,20 +65,6 @@ async fn view(home: &Home) -> Result<InstanceView, OpError> {
     ask(home, &Request::Status { name: "one".into() }).await
 }
 
-/// Wait until the journal knows that the instance serves.
-async fn known_to_serve(home: &Home) -> Result<(), OpError> {
-    let limit = Instant::now() + LIMIT;
-    loop {
-        let boundaries = std::fs::read_to_string(home.path("boundaries")).unwrap_or_default();
-        if boundaries.contains("after commit one Saved { phase: Monitoring") {
-            return Ok(());
-        }
-        let one = view(home).await?;
-        assert!(Instant::now() < limit, "it is never written down: {one:?}");
-        sleep(Duration::from_millis(5)).await;
-    }
-}
-
 fn spawn(home: &Home) -> Request {
     Request::Spawn(SpawnArgs {
         name: "one".into(),
@@ -97,9 +83,6 @@ async fn tell(home: &Home, stage: &mut Stage) -> Result<(), OpError> {
     *stage = Stage::Spawning;
     let one: InstanceView = ask(home, &spawn(home)).await?;
     assert_eq!((one.state, one.incarnation), (InstanceState::Healthy, 1));
-    // The answer may come a moment before it is on disk that the instance serves, and a first start that is not
-    // known to have served is undone.
-    known_to_serve(home).await?;
     *stage = Stage::Serving;
     home.fault(1, &["panic"]);
     *stage = Stage::Crashed;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures::future::join_all;
 use kmorph_control::error::{ErrorKind, OpError};
 use kmorph_control::views::{EventKind, GroupView, InstanceView, PolicyChange, PolicySetting, PolicyView};
 use tokio::sync::oneshot;
@@ -128,18 +129,20 @@ impl Tree {
             plan.push((name, patch, to));
         }
         if !dry_run {
-            for (name, patch, policy) in plan {
+            let mut instances = Vec::new();
+            for (name, overrides, policy) in plan {
                 let instance = match self.directory.get(&name) {
                     Some(instance) => instance,
                     None => self.admit(self.definition(&name).await?, policy).await?,
                 };
-                self.ask(&instance, |reply| InstanceMsg::SetPolicy {
-                    policy,
-                    overrides: patch,
-                    reply: Some(reply),
-                })
-                .await?;
+                instances.push((instance, overrides, policy));
             }
+            // All at once, so that they are written down together.
+            let changes = instances.into_iter().map(|(instance, overrides, policy)| async move {
+                let message = |reply| InstanceMsg::SetPolicy { policy, overrides, reply: Some(reply) };
+                self.change(&instance, message).await
+            });
+            join_all(changes).await.into_iter().collect::<Result<(), OpError>>()?;
             for change in &diff {
                 self.say_change(change, "an operator set it");
             }
@@ -246,7 +249,7 @@ impl Tree {
                 self.admit(self.definition(name).await?, policy).await?
             }
         };
-        self.ask(&instance, |reply| InstanceMsg::Maintenance { on, reply }).await
+        self.change(&instance, |reply| InstanceMsg::Maintenance { on, reply }).await
     }
 
     /// What happened lately.

@@ -406,16 +406,37 @@ impl Tree {
         instance: &Instance,
         message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
     ) -> Result<T, OpError> {
+        self.ask_within(instance, ANSWER_LIMIT, "", message).await
+    }
+
+    /// Have something changed, which is answered when it is written down: that may wait for writes before it.
+    pub(super) async fn change<T>(
+        &self,
+        instance: &Instance,
+        message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
+    ) -> Result<T, OpError> {
+        let limit = ANSWER_LIMIT + self.env.config.store_limit * 2;
+        let hint = "; it may be in force and not be written down: is the disk well?";
+        self.ask_within(instance, limit, hint, message).await
+    }
+
+    async fn ask_within<T>(
+        &self,
+        instance: &Instance,
+        limit: Duration,
+        hint: &str,
+        message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
+    ) -> Result<T, OpError> {
         let (reply, answer) = oneshot::channel();
         if !instance.link.send(message(reply)) {
             return Err(gone("its actor"));
         }
-        match timeout(ANSWER_LIMIT, answer).await {
+        match timeout(limit, answer).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(_)) => Err(gone("its actor")),
             Err(_) => {
                 let text =
-                    format!("instance {}: its actor did not answer within {ANSWER_LIMIT:?}", instance.name);
+                    format!("instance {}: its actor did not answer within {limit:?}{hint}", instance.name);
                 Err(OpError::new(ErrorKind::Timeout, text))
             }
         }

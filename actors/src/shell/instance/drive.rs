@@ -14,7 +14,7 @@ use super::super::heartbeat::HeartbeatMsg;
 use super::super::log::Draft;
 use super::super::transport::TransportMsg;
 use super::super::view;
-use super::{Asking, GroupOrder, InstanceActorState, InstanceMsg, Timer, Wish};
+use super::{Answer, Asking, GroupOrder, InstanceActorState, InstanceMsg, Timer, Wish};
 use crate::core::health::{self, Cause, Missing, Notice, State as HealthState};
 use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::{self, Duties, Event, Found, Outcome, Phase, Recovery};
@@ -42,6 +42,7 @@ impl InstanceActorState {
             InstanceMsg::Ran { epoch, op } if epoch == self.epoch => {
                 self.unacknowledged.retain(|r| r.op > op);
                 self.unacknowledged.shrink_to_fit();
+                self.answer_up_to(op);
             }
             InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
@@ -49,14 +50,12 @@ impl InstanceActorState {
             InstanceMsg::SetPolicy { policy, overrides, reply } => {
                 self.set_policy(policy, overrides);
                 if let Some(reply) = reply {
-                    // Who asked may have given up waiting.
-                    let _ = reply.send(());
+                    self.answer(Answer::Policy(reply));
                 }
             }
             InstanceMsg::Maintenance { on, reply } => {
                 self.maintenance(on);
-                // Who asked may have given up waiting.
-                drop(reply.send(self.view()));
+                self.answer(Answer::Maintenance(reply, self.view()));
             }
             InstanceMsg::Regroup => self.regroup(),
             // A wish has to wait until it is known what there is.
@@ -545,6 +544,24 @@ impl InstanceActorState {
         }
     }
 
+    // Answers.
+
+    /// Give this answer as soon as all that was decided before it is written down, or cannot be.
+    fn answer(&mut self, answer: Answer) {
+        match self.unacknowledged.back() {
+            Some(run) => self.answers.push_back((run.op, answer)),
+            None => answer.give(),
+        }
+    }
+
+    fn answer_up_to(&mut self, op: u64) {
+        let ready = self.answers.partition_point(|(after, _)| *after <= op);
+        for (_, answer) in self.answers.drain(..ready) {
+            answer.give();
+        }
+        self.answers.shrink_to_fit();
+    }
+
     // Timers.
 
     fn arm(&mut self, timer: Timer, after: Duration) {
@@ -610,6 +627,7 @@ impl InstanceActorState {
             timer.abort();
         }
         self.rounds.clear();
+        self.answer_up_to(u64::MAX);
         self.children.step(SupervisorEvent::Shutdown).await
     }
 
@@ -668,8 +686,7 @@ impl InstanceActorState {
         let name = self.args.instance.name.clone();
         for waiter in std::mem::take(&mut self.waiters) {
             match super::operator::answer(&name, waiter.wish, outcome, &view, &console) {
-                // Who asked may have given up waiting.
-                Some(result) => drop(waiter.reply.send(result)),
+                Some(result) => self.answer(Answer::Operator(waiter.reply, result)),
                 None => self.waiters.push(waiter),
             }
         }

@@ -252,6 +252,24 @@ struct Waiter {
     reply: Reply<InstanceView>,
 }
 
+/// What somebody is told when it is written down, so that no daemon after this one knows less than he does.
+enum Answer {
+    Operator(Reply<InstanceView>, Result<InstanceView, OpError>),
+    Policy(oneshot::Sender<()>),
+    Maintenance(oneshot::Sender<InstanceView>, InstanceView),
+}
+
+impl Answer {
+    fn give(self) {
+        // Who asked may have given up waiting.
+        match self {
+            Answer::Operator(reply, result) => drop(reply.send(result)),
+            Answer::Policy(reply) => drop(reply.send(())),
+            Answer::Maintenance(reply, view) => drop(reply.send(view)),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     Start,
@@ -271,6 +289,8 @@ pub(crate) struct InstanceActorState {
     /// Work the recovery actor has not acknowledged.
     unacknowledged: VecDeque<Run>,
     waiters: Vec<Waiter>,
+    /// Answers, each with the work that has to be acknowledged before.
+    answers: VecDeque<(u64, Answer)>,
     /// Wishes that came before the platform was asked.
     deferred: Vec<InstanceMsg>,
     timers: HashMap<Timer, AbortHandle>,
@@ -359,6 +379,7 @@ impl Actor for InstanceActor {
             next_op: 0,
             unacknowledged: VecDeque::new(),
             waiters: Vec::new(),
+            answers: VecDeque::new(),
             deferred: Vec::new(),
             timers: HashMap::new(),
             rounds: HashMap::new(),

@@ -1,10 +1,12 @@
 //! A panic in a handler restarts that actor and nothing else.
 
 use super::*;
+use crate::core::policy::Patch;
 use crate::shell::effects::EffectsMsg;
 use crate::shell::heartbeat::HeartbeatMsg;
 use crate::shell::instance::InstanceMsg;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::oneshot;
 
 #[tokio::test(start_paused = true)]
 async fn a_heartbeat_actor_that_panics_goes_on_watching() {
@@ -23,20 +25,44 @@ async fn a_heartbeat_actor_that_panics_goes_on_watching() {
 }
 
 /// Hold the recovery actor up in a save, so that what is sent meanwhile waits in its mailbox.
-async fn hold_up(w: &World) -> Arc<tokio::sync::Notify> {
+async fn hold_up(w: &World) -> (Arc<tokio::sync::Notify>, oneshot::Receiver<()>) {
     let gate = Arc::new(tokio::sync::Notify::new());
     *w.store.gate.lock().unwrap() = Some(gate.clone());
-    w.tree.policy_set("web", crate::core::policy::Key::FenceTries, Some("3")).await.unwrap();
+    let (reply, written) = oneshot::channel();
+    let (policy, overrides) = (w.tree.policy_of("web").await.unwrap(), Patch::default());
+    let message = InstanceMsg::SetPolicy { policy, overrides, reply: Some(reply) };
+    assert!(w.tree.instance_for_test("web").link.send(message));
     w.pass(10 * MS).await;
     assert!(w.store.gate.lock().unwrap().is_none(), "the save is under way");
-    gate
+    (gate, written)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_waits_until_it_is_written_down() {
+    let w = world().await;
+    w.up("web").await;
+    let (gate, mut written) = hold_up(&w).await;
+    w.pass(Duration::from_secs(4)).await;
+    assert!(written.try_recv().is_err(), "answered before it is on disk");
+    gate.notify_one();
+    written.await.unwrap();
+    // A disk that cannot be written does not keep anybody waiting for ever.
+    let (_gate, written) = hold_up(&w).await;
+    let since = tokio::time::Instant::now();
+    written.await.unwrap();
+    let limit = TreeConfig::default().store_limit;
+    assert!(since.elapsed() <= limit + MS, "{:?}", since.elapsed());
+    // Nor does the end of the daemon.
+    let (_gate, written) = hold_up(&w).await;
+    w.tree.shutdown().await;
+    written.await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_recovery_actor_that_panics_loses_no_work() {
     let w = world().await;
     w.up("web").await;
-    let gate = hold_up(&w).await;
+    let (gate, _written) = hold_up(&w).await;
     // The orders of the recovery wait behind the panic and are lost with the mailbox.
     assert!(w.tree.instance_for_test("web").recovery.send(EffectsMsg::Panic));
     w.fake.panic(1, "die").await;
@@ -52,7 +78,7 @@ async fn a_recovery_actor_that_panics_loses_no_work() {
 async fn a_recovery_actor_that_panics_does_no_work_twice() {
     let w = world().await;
     w.up("web").await;
-    let gate = hold_up(&w).await;
+    let (gate, _written) = hold_up(&w).await;
     w.fake.panic(1, "die").await;
     w.pass(10 * MS).await;
     // The panic comes right behind the orders: their acknowledgement is still under way.
