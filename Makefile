@@ -37,7 +37,11 @@ demo-processes:
 test: lint unit scenarios
 
 bench: modules binaries
+	@scripts/setup.sh bench
 	cargo bench --locked -p kmp --bench heartbeat
+	cargo build --locked --release -p kmorph-bench -p kmorph-agent
+	target/release/kmorph-bench all
+	cargo test --locked --release -p kmorph-actors --lib sim::load -- --nocapture | grep -E "hangs|load|result"
 	@$(QEMU) bench
 
 scenarios: modules binaries

@@ -4,6 +4,8 @@
 # setup.sh - the host tools that building the modules and running the kernel
 # tests need. Installs what is missing by apt when it may; otherwise says what
 # to install and exits 3. Quick and silent when nothing is missing.
+#
+# setup.sh bench   also what `make bench` compares with
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
@@ -22,6 +24,8 @@ needs=(
 	/usr/include/libelf.h:libelf-dev
 	/usr/lib/x86_64-linux-gnu/libc.a:libc6-dev
 )
+
+[ "${1:-}" != bench ] || needs+=(erlc:erlang-base)
 
 command -v cargo >/dev/null || {
 	say "missing: cargo, Rust 1.90 or newer (https://rustup.rs, or Debian's cargo where it is new enough)"

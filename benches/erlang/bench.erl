@@ -23,6 +23,7 @@ start(_, {Dir, Count}) when Count > 0, Count =< 65533 ->
     persistent_term:put(bench, #{
         dir => Dir,
         count => Count,
+        plain => os:getenv("KMORPH_BENCH_PLAIN", "") =/= "",
         began => erlang:monotonic_time(millisecond),
         up => atomics:new(Count, []),           % 1 for an instance that has answered
         answers => counters:new(1, [write_concurrency]),

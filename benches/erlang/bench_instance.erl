@@ -40,7 +40,8 @@
 
 start_link(Id) ->
     %% fullsweep_after 0: a small heap is copied whole, and no old one is kept beside it.
-    gen_server:start_link(?MODULE, Id, [{spawn_opt, [{fullsweep_after, 0}]}]).
+    #{plain := Plain} = persistent_term:get(bench),
+    gen_server:start_link(?MODULE, Id, [{spawn_opt, [{fullsweep_after, 0}]} || not Plain]).
 
 %% What is known of the instance.
 readings(Pid) -> gen_server:call(Pid, readings).
@@ -54,7 +55,10 @@ init(Id) ->
     Beats = bench_beats:new(native(?TIMEOUT_MS), erlang:monotonic_time()),
     {ok, #state{id = Id, common = Common, beats = Beats}, {continue, connect}}.
 
-handle_continue(connect, S) -> {noreply, connect(S), hibernate}.
+handle_continue(connect, S) -> rest(connect(S)).
+
+rest(S = #state{common = #{plain := true}}) -> {noreply, S};
+rest(S) -> {noreply, S, hibernate}.
 
 handle_call(readings, _, S = #state{beats = Beats, metrics = Metrics, answered = Answered, restarts = Restarts}) ->
     {reply, #{stats => bench_beats:stats(Beats), answered => Answered, metrics => Metrics,
@@ -63,9 +67,9 @@ handle_call(readings, _, S = #state{beats = Beats, metrics = Metrics, answered =
 handle_cast(_, S) -> {noreply, S}.
 
 handle_info({tcp, Socket, Data}, S = #state{socket = Socket, bytes = <<>>}) ->
-    {noreply, frames(Data, S), hibernate};
+    rest(frames(Data, S));
 handle_info({tcp, Socket, Data}, S = #state{socket = Socket, bytes = Before}) ->
-    {noreply, frames(<<Before/binary, Data/binary>>, S), hibernate};
+    rest(frames(<<Before/binary, Data/binary>>, S));
 handle_info({beat, Due}, S) -> {noreply, beat(Due, S)};
 handle_info({tcp_passive, Socket}, S = #state{socket = Socket}) ->
     case inet:setopts(Socket, [{active, 64}]) of

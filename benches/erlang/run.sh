@@ -29,8 +29,10 @@ limit=$(ulimit -n)
 	fail "$2 connections need $(($2 + 100)) descriptors, the limit is $limit: raise it (ulimit -n, LimitNOFILE)"
 
 # erl and erlexec replace themselves, so this process becomes the VM. README.md says what the options do.
+saving="+S 1:1 +Mulmbcs 1024"
+[ -z "${KMORPH_BENCH_PLAIN:-}" ] || saving=
 # shellcheck disable=SC2086
-exec erl -noshell -pa "$build" +S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +Mulmbcs 1024 +P 65536 +Q 65536 \
+exec erl -noshell -pa "$build" +sbwt none +sbwtdcpu none +sbwtdio none $saving +P 65536 +Q 65536 \
 	-kernel logger_level warning \
 	-kernel logger '[{handler, default, logger_std_h, #{config => #{type => standard_error}}}]' \
 	${KMORPH_BENCH_ERL_FLAGS:-} -s bench main -extra "$1" "$2"

@@ -110,8 +110,7 @@ fn restarts(home: &Path, config: &ProcessConfig, count: u16) -> Result<(Vec<Dura
     let (file, socket_text) = (file.display().to_string(), socket.display().to_string());
     let count_text = count.to_string();
     let args = ["daemon", "stand-ins", &count_text, &file, &socket_text];
-    let daemon =
-        || Running::start(&me, &args, &[("KMORPH_LOG", "info")], std::path::Path::new("/tmp/si.log"));
+    let daemon = || Running::start(&me, &args, &[("KMORPH_LOG", "warn")], &home.join("log"));
     let mut running = daemon()?;
     control::all_healthy(&socket, count, LIMIT)?;
     let mut times = Vec::new();
