@@ -9,6 +9,7 @@ use kmorph_control::views::{RecoveryLogArgs, RecoveryStep};
 use kmorph_platform::{InstanceSpec, MemoryRange};
 use serde::{Deserialize, Serialize};
 
+use crate::core::morph;
 use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::Saved;
 
@@ -52,6 +53,37 @@ pub struct InstanceRecord {
     pub reason: String,
     /// State of its machine.
     pub saved: Saved,
+    /// What it is there for.
+    #[serde(default)]
+    pub role: Role,
+    /// The morph that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub morph: Option<MorphRecord>,
+}
+
+/// What an instance is there for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// It is one of the operator's.
+    #[default]
+    Own,
+    /// One side of a morph of the instance of this name: the new kernel until it is committed, the old one
+    /// after that. It is never restarted, and forgotten when it has stopped.
+    Side(String),
+}
+
+/// What has to be remembered of a morph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MorphRecord {
+    /// Number, from the same count as incidents.
+    pub number: u64,
+    /// Name of the other side.
+    pub side: String,
+    /// Kernel release it began with.
+    pub from: String,
+    /// State of its machine.
+    pub saved: morph::Saved,
 }
 
 impl InstanceRecord {
@@ -73,6 +105,8 @@ impl InstanceRecord {
             booted_unix_ms: None,
             reason: "not started".into(),
             saved: Saved::default(),
+            role: Role::Own,
+            morph: None,
         }
     }
 }
@@ -99,6 +133,13 @@ pub trait Store: Send + Sync + 'static {
         }
         saved
     }
+
+    /// Remember all of these together with the steps, or nothing. After an error nothing of it is there and nothing
+    /// will be; a call that does not return may have done either.
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError>;
+
+    /// Forget an instance; its history stays.
+    async fn forget(&self, name: &str) -> Result<(), StoreError>;
 
     /// Everything remembered of instances.
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError>;
@@ -144,6 +185,18 @@ impl Store for MemoryStore {
 
     async fn save_instance(&self, record: &InstanceRecord) -> Result<(), StoreError> {
         self.lock().instances.insert(record.spec.name.clone(), record.clone());
+        Ok(())
+    }
+
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        let mut memory = self.lock();
+        memory.instances.extend(records.iter().map(|r| (r.spec.name.clone(), r.clone())));
+        memory.steps.extend_from_slice(steps);
+        Ok(())
+    }
+
+    async fn forget(&self, name: &str) -> Result<(), StoreError> {
+        self.lock().instances.remove(name);
         Ok(())
     }
 

@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Version,
     /// No daemon answers.
     NoDaemon,
+    /// A morph was rolled back: the old kernel goes on.
+    MorphFailed,
     /// Anything else; the text says what.
     Internal,
 }
@@ -48,6 +50,7 @@ impl ErrorKind {
             ErrorKind::PartialFence => 10,
             ErrorKind::Version => 11,
             ErrorKind::NoDaemon => 12,
+            ErrorKind::MorphFailed => 13,
         }
     }
 }

@@ -110,6 +110,90 @@ pub struct InstanceView {
     pub uptime_s: Option<f64>,
     /// Incident under way.
     pub incident: Option<u64>,
+    /// State of the morph that is under way.
+    #[serde(default)]
+    pub morph: Option<String>,
+    /// It is one side of a morph of this instance.
+    #[serde(default)]
+    pub side_of: Option<String>,
+}
+
+/// How far a morph goes without asking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MorphGoal {
+    /// Until the new kernel runs beside the old one.
+    Prepare,
+    /// Until the new kernel is known to be well.
+    Validate,
+    /// Until it has taken over.
+    Commit,
+}
+
+/// `kmorphctl morph`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MorphArgs {
+    /// Instance name.
+    pub name: String,
+    /// Absolute path of the new kernel's bzImage; `None` goes on with the morph that is under way.
+    pub kernel: Option<String>,
+    /// Replaces the user's part of the kernel command line; `None` keeps it.
+    pub cmdline: Option<String>,
+    /// Absolute path of an initramfs; `None` keeps the one the old kernel was started with.
+    pub initramfs: Option<String>,
+    /// Physical ids of the CPUs the new kernel gets; empty: any that no instance has.
+    pub cpus: Vec<u32>,
+    /// How far to go.
+    pub goal: MorphGoal,
+    /// Only say whether it could begin, and what the new kernel would get.
+    pub dry_run: bool,
+}
+
+/// The other kernel of a morph.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MorphSide {
+    /// Name it has meanwhile.
+    pub name: String,
+    /// Kernel release, empty until it was started.
+    pub release: String,
+    /// Physical CPU ids.
+    pub cpus: Vec<u32>,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+}
+
+/// One step of a morph.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MorphStep {
+    /// State.
+    pub state: String,
+    /// Milliseconds since the morph began (since the daemon was started, if that was later).
+    pub at_ms: u64,
+    /// What was done or seen.
+    pub detail: String,
+}
+
+/// A morph.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MorphView {
+    /// Instance name.
+    pub name: String,
+    /// Number of the morph; its steps are in the recovery log under it.
+    pub number: u64,
+    /// State: RUNNING when none is under way.
+    pub state: String,
+    /// What it waits for, empty when it does not.
+    pub waits_for: String,
+    /// Kernel release it began with.
+    pub from: String,
+    /// Kernel release that serves now.
+    pub release: String,
+    /// The other kernel, when there is one.
+    pub side: Option<MorphSide>,
+    /// Set at its end: whether the new kernel took over.
+    pub committed: Option<bool>,
+    /// What was done so far.
+    pub steps: Vec<MorphStep>,
 }
 
 /// `kmorphctl heartbeat`.
@@ -312,6 +396,8 @@ pub enum EventKind {
     Maintenance,
     /// A group acted.
     Group,
+    /// A step of a morph.
+    Morph,
     /// The daemon itself: started, reloaded, journal trouble.
     Daemon,
 }
@@ -325,6 +411,7 @@ impl std::fmt::Display for EventKind {
             EventKind::Policy => "policy",
             EventKind::Maintenance => "maintenance",
             EventKind::Group => "group",
+            EventKind::Morph => "morph",
             EventKind::Daemon => "daemon",
         })
     }

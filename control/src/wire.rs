@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use crate::{ErrorKind, EventsArgs, OpError, RecoveryLogArgs, SpawnArgs};
+use crate::{ErrorKind, EventsArgs, MorphArgs, OpError, RecoveryLogArgs, SpawnArgs};
 
 /// Version of this protocol. A daemon serves clients of its own version only; both are shipped
 /// together.
@@ -174,6 +174,18 @@ pub enum Request {
         /// Watch it and do not act; off: act again.
         on: bool,
     },
+    /// [`crate::MorphView`], when the goal is reached.
+    Morph(MorphArgs),
+    /// [`crate::MorphView`], when the old kernel goes on.
+    MorphRollback {
+        /// Instance.
+        name: String,
+    },
+    /// [`crate::MorphView`].
+    MorphStatus {
+        /// Instance.
+        name: String,
+    },
 }
 
 impl Request {
@@ -189,6 +201,8 @@ impl Request {
                 | Request::PolicySet { .. }
                 | Request::PolicyImport { dry_run: false, .. }
                 | Request::Maintenance { .. }
+                | Request::Morph(MorphArgs { dry_run: false, .. })
+                | Request::MorphRollback { .. }
         )
     }
 }
@@ -369,6 +383,15 @@ mod tests {
             boot_timeout_s: None,
             wait: true,
         });
+        let morph = |dry_run| MorphArgs {
+            name: "x".into(),
+            kernel: Some("/k".into()),
+            cmdline: None,
+            initramfs: None,
+            cpus: vec![3],
+            goal: crate::MorphGoal::Commit,
+            dry_run,
+        };
         for (r, changes) in [
             (spawn, true),
             (Request::List, false),
@@ -384,6 +407,10 @@ mod tests {
             (Request::GroupList, false),
             (Request::GroupShow { name: "g".into() }, false),
             (Request::Maintenance { name: "x".into(), on: false }, true),
+            (Request::Morph(morph(false)), true),
+            (Request::Morph(morph(true)), false),
+            (Request::MorphRollback { name: "x".into() }, true),
+            (Request::MorphStatus { name: "x".into() }, false),
             (Request::Events { filter: EventsArgs::default(), follow: true }, false),
         ] {
             assert_eq!(decode::<Request>(&encode(&r).unwrap()).unwrap(), r);

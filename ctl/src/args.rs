@@ -1,5 +1,6 @@
 //! The command line.
 
+mod morph;
 mod operate;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use clap::builder::{EnumValueParser, PathBufValueParser, TypedValueParser, ValueParser};
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub use morph::{Morph, MorphStep, NewKernel};
 pub use operate::{ConfigCommand, Events, Group, Maintenance, Policy};
 
 const AFTER: &str = "\
@@ -104,6 +106,13 @@ pub enum Command {
         #[arg(long, short)]
         verbose: bool,
     },
+
+    /// Replace the kernel of a running instance by another
+    ///
+    /// The new kernel is started beside the old one on CPUs and memory of its own, and validated. Committed, it takes
+    /// the instance over, and the old one is stopped and gives back what it had; until then everything can be rolled
+    /// back, and is when anything fails. In one command, or step by step.
+    Morph(Morph),
 
     /// Show one instance
     Status {

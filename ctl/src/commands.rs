@@ -8,11 +8,11 @@ use kmorph_control::{
 };
 
 use crate::args::{Command, Metric, Spawn};
-use crate::operate;
 use crate::output::{self, Output};
+use crate::{morph, operate};
 
 /// The daemon has another working directory: send it absolute paths of files that exist.
-fn file(what: &str, path: &Path) -> Result<String, OpError> {
+pub fn file(what: &str, path: &Path) -> Result<String, OpError> {
     let full: PathBuf = path.canonicalize().map_err(|e| {
         OpError::new(ErrorKind::NotFound, format!("cannot find the {what} {}: {e}", path.display()))
     })?;
@@ -47,6 +47,7 @@ pub async fn run(command: &Command, socket: &Path, out: &Output) -> Result<(), O
         Command::Events(args) => operate::events(args, socket, out).await,
         Command::Policy(command) => operate::policy(command, socket, out).await,
         Command::Group(command) => operate::group(command, socket, out).await,
+        Command::Morph(command) => morph::run(command, socket, out).await,
         Command::Maintenance(command) => operate::maintenance(command, socket, out).await,
         Command::Spawn(s) => {
             let request = Request::Spawn(spawn_args(s)?);

@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod daemon;
 mod generate;
+mod morph;
 mod operate;
 mod output;
 

@@ -1,5 +1,6 @@
 //! Printing results.
 
+pub mod morph;
 pub mod operate;
 
 use std::io::Write;
@@ -210,6 +211,12 @@ pub fn instance(i: &InstanceView) -> String {
         ("Pulse seen:", i.pulse_age_ms.map_or_else(|| "-".into(), |v| format!("{} ago", ms(Some(v))))),
         ("Up:", i.uptime_s.map_or_else(|| "-".into(), |s| format!("{s:.1} s"))),
     ];
+    if let Some(state) = &i.morph {
+        rows.push(("Morph:", format!("{state}; kmorphctl morph status {}", i.name)));
+    }
+    if let Some(of) = &i.side_of {
+        rows.push(("Side of:", format!("a morph of {of}")));
+    }
     if let Some(n) = i.incident {
         rows.push(("Incident:", n.to_string()));
     }
@@ -371,6 +378,8 @@ mod tests {
             pulse_age_ms: None,
             uptime_s: None,
             incident: None,
+            morph: None,
+            side_of: None,
         };
         let text = instances(std::slice::from_ref(&plain), false);
         assert!(text.contains("RUNNING") && !text.contains("maintenance"), "{text}");

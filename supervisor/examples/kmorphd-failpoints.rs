@@ -78,6 +78,15 @@ impl Store for Journal {
             .await
     }
 
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        let names: Vec<&str> = records.iter().map(|r| r.spec.name.as_str()).collect();
+        self.1.around(&format!("decide {names:?}"), self.0.decide(records, steps)).await
+    }
+
+    async fn forget(&self, name: &str) -> Result<(), StoreError> {
+        self.1.around(&format!("forget {name}"), self.0.forget(name)).await
+    }
+
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
         self.0.load_instances().await
     }

@@ -1,4 +1,4 @@
-//! Requests about policies, groups, maintenance and events.
+//! Requests about policies, groups, maintenance, morphs and events.
 
 use kmorph_actors::{Key, wanted};
 use kmorph_config::{export_policies, import_policies};
@@ -35,6 +35,9 @@ impl Service {
             Request::Maintenance { name, on } => {
                 self.tree.maintenance(name, *on).await.and_then(|v| encode(&v))
             }
+            Request::Morph(args) => self.tree.morph(args.clone()).await.and_then(|v| encode(&v)),
+            Request::MorphRollback { name } => self.tree.morph_rollback(name).await.and_then(|v| encode(&v)),
+            Request::MorphStatus { name } => self.tree.morph_status(name).await.and_then(|v| encode(&v)),
             Request::Events { filter, follow } => {
                 self.events(filter, *follow, client).await.and_then(|()| encode(&()))
             }

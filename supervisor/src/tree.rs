@@ -59,6 +59,16 @@ impl Store for SqliteStore {
         self.put_together(record.spec.name.clone(), bytes, steps.to_vec()).await.map_err(failed)
     }
 
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        let encoded = records.iter().map(|r| Ok((r.spec.name.clone(), encode(r)?)));
+        let encoded = encoded.collect::<Result<Vec<_>, OpError>>().map_err(failed)?;
+        SqliteStore::decide(self, encoded, steps.to_vec()).await.map_err(failed)
+    }
+
+    async fn forget(&self, name: &str) -> Result<(), StoreError> {
+        self.remove_record(name.to_owned()).await.map_err(failed)
+    }
+
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
         self.records()
             .await

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use common::{Home, LIMIT};
 use kmorph_control::{
-    EventKind, EventView, EventsArgs, GroupView, InstanceState, Next, PolicyChange, RecoveryStep, ReloadView,
-    Request,
+    ErrorKind, EventKind, EventView, EventsArgs, GroupView, InstanceState, MorphArgs, MorphGoal, MorphView,
+    Next, PolicyChange, RecoveryStep, ReloadView, Request,
 };
 use nix::sys::signal::Signal;
 use tokio::io::AsyncWriteExt;
@@ -39,6 +39,57 @@ async fn instances_crash_hang_and_are_healed() {
     assert!(events.iter().any(|e| e.kind == EventKind::State && e.incident == Some(1)), "{events:?}");
     daemon.stop(true).await;
     assert_eq!(home.stand_ins(), 0, "nothing is left behind");
+}
+
+#[tokio::test]
+async fn a_new_kernel_takes_an_instance_over() {
+    let home = Home::new("");
+    std::fs::copy(home.path("kernel-6.6"), home.path("kernel-6.12")).unwrap();
+    let mut daemon = home.start().await;
+    daemon.spawn("one").await;
+    daemon.spawn("two").await;
+    let (one, two) = (home.pid(1).unwrap(), home.pid(2));
+    let to = |kernel: Option<&str>, goal| {
+        Request::Morph(MorphArgs {
+            name: "one".into(),
+            kernel: kernel.map(|k| home.path(k).display().to_string()),
+            cmdline: None,
+            initramfs: None,
+            cpus: vec![],
+            goal,
+            dry_run: false,
+        })
+    };
+    // Killed while the operator thinks about it: the next daemon waits for him too.
+    let view: MorphView = daemon.call(&to(Some("kernel-6.12"), MorphGoal::Validate)).await.unwrap();
+    assert_eq!((view.committed, view.side.unwrap().name.as_str()), (None, "one~morph"));
+    daemon.kill().await;
+    daemon = home.start().await;
+    daemon.until("one~morph", |v| v.state == InstanceState::Healthy).await;
+    daemon.until("one", |v| v.state == InstanceState::Healthy).await;
+    let view: MorphView = daemon.call(&to(None, MorphGoal::Commit)).await.unwrap();
+    assert_eq!(view.committed, Some(true), "{view:?}");
+    let now = daemon.until("one", |v| v.state == InstanceState::Healthy && v.morph.is_none()).await;
+    assert_eq!((now.incarnation, now.id), (2, 511));
+    assert!(now.release.contains("6.12"), "{now:?}");
+    // The old kernel is stopped and gives back what it had; the neighbour noticed nothing.
+    let limit = tokio::time::Instant::now() + LIMIT;
+    while home.pid(1) == Some(one) || daemon.status().await.running != 2 {
+        assert!(tokio::time::Instant::now() < limit, "the old kernel is left: {}", home.log());
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!((daemon.view("two").await.incarnation, home.pid(2)), (1, two));
+    // The steps are in the history under the number of the morph.
+    let steps = daemon.steps().await;
+    let committed = steps.iter().find(|s| s.recovered == Some(true) && s.incident == view.number);
+    assert!(committed.is_some(), "{steps:?}");
+    // A kernel that is not there changes nothing.
+    let error = daemon.call::<MorphView>(&to(Some("missing"), MorphGoal::Commit)).await.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::BadInput | ErrorKind::NotFound), "{error}");
+    home.fault(511, &["panic"]);
+    daemon.until("one", |v| v.incarnation == 3 && v.state == InstanceState::Healthy).await;
+    daemon.stop(true).await;
+    assert_eq!(home.stand_ins(), 0);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 pub mod group;
 pub mod health;
 pub mod measure;
+pub mod morph;
 pub mod policy;
 pub mod recovery;
 pub mod supervisor;

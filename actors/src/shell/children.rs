@@ -187,6 +187,11 @@ impl Children {
         }
     }
 
+    /// Whether this child runs; `None` when there is none of this name.
+    pub(crate) fn runs(&self, id: &str) -> Option<bool> {
+        self.core.children().find(|(child, _)| *child == id).map(|(_, runs)| runs)
+    }
+
     /// Whether every child runs.
     pub(crate) fn all_run(&self) -> bool {
         self.core.children().all(|(_, runs)| runs)

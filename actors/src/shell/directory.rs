@@ -26,10 +26,20 @@ impl Directory {
     /// Add one. False when its name or number is taken.
     pub(crate) fn insert(&self, instance: Arc<Instance>) -> bool {
         let mut map = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if map.contains_key(&instance.name) || map.values().any(|i| i.id == instance.id) {
+        if map.contains_key(&instance.name) || map.values().any(|i| i.id() == instance.id()) {
             return false;
         }
         map.insert(instance.name.clone(), instance);
+        true
+    }
+
+    /// Give an instance another number. False when that is taken.
+    pub(crate) fn renumber(&self, instance: &Instance, id: InstanceId) -> bool {
+        let map = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if map.values().any(|i| i.id() == id) {
+            return false;
+        }
+        instance.renumber(id);
         true
     }
 
@@ -41,6 +51,6 @@ impl Directory {
     /// The link of the instance with this number.
     pub(crate) fn link(&self, id: InstanceId) -> Option<Link<InstanceMsg>> {
         let map = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        map.values().find(|i| i.id == id).map(|i| i.link.clone())
+        map.values().find(|i| i.id() == id).map(|i| i.link.clone())
     }
 }

@@ -7,14 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_control::views::{EventKind, RecoveryStep};
-use kmorph_platform::{
-    BootRequest, Booted, ExistingInstance, FenceReport, InstanceId, PlatformError, ReclaimReport,
-};
+use kmorph_platform::{BootRequest, Booted, ExistingInstance, FenceReport, PlatformError, ReclaimReport};
 use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
 use super::children::{ChildDef, Started};
-use super::instance::{Env, InstanceMsg};
+use super::instance::{Env, InstanceMsg, SharedId};
 use super::link::Link;
 use super::log::Draft;
 use crate::core::supervisor::ChildSpec;
@@ -135,7 +133,7 @@ impl Progress {
 #[derive(Clone)]
 pub(crate) struct EffectsArgs {
     pub(crate) name: String,
-    pub(crate) id: InstanceId,
+    pub(crate) id: SharedId,
     pub(crate) env: Arc<Env>,
     pub(crate) link: Link<EffectsMsg>,
     pub(crate) owner: Link<InstanceMsg>,
@@ -276,7 +274,7 @@ impl EffectsArgs {
     }
 
     async fn carry_out(&self, effect: Effect) -> Done {
-        let (platform, id, limit) = (&self.env.platform, self.id, self.env.config.effect_limit);
+        let (platform, id, limit) = (&self.env.platform, self.id.get(), self.env.config.effect_limit);
         match effect {
             Effect::Look => {
                 Done::Look(within(limit, "ask the platform what runs", platform.existing()).await)
@@ -311,7 +309,7 @@ impl EffectsArgs {
 
     /// The last lines of the instance's console.
     async fn console(&self) -> Vec<String> {
-        match timeout(CONSOLE_LIMIT, self.env.platform.console(self.id, 0)).await {
+        match timeout(CONSOLE_LIMIT, self.env.platform.console(self.id.get(), 0)).await {
             Ok(Ok(log)) => {
                 let skip = log.records.len().saturating_sub(CONSOLE_LINES);
                 log.records.into_iter().skip(skip).map(|r| r.text).collect()

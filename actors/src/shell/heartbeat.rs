@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use super::children::{ChildDef, Started};
 use super::connection::Command;
-use super::instance::{Env, InstanceMsg};
+use super::instance::{Env, InstanceMsg, SharedId};
 use super::link::Link;
 use super::transport::TransportMsg;
 use crate::core::health::Event;
@@ -74,7 +74,7 @@ impl SharedReadings {
 #[derive(Clone)]
 pub(crate) struct HeartbeatArgs {
     pub(crate) name: String,
-    pub(crate) id: InstanceId,
+    pub(crate) id: SharedId,
     pub(crate) env: Arc<Env>,
     pub(crate) link: Link<HeartbeatMsg>,
     pub(crate) owner: Link<InstanceMsg>,
@@ -163,14 +163,14 @@ impl HeartbeatState {
         self.look();
         self.beats();
         let first = std::mem::take(&mut self.first);
-        self.arm(if first { interval.mul_f64(phase(self.args.id)) } else { interval });
+        self.arm(if first { interval.mul_f64(phase(self.args.id.get())) } else { interval });
     }
 
     fn look(&mut self) {
         let now = self.now();
         let Some(w) = &mut self.watched else { return };
         let incarnation = w.incarnation;
-        let events = match self.args.env.platform.pulse(self.args.id, incarnation) {
+        let events = match self.args.env.platform.pulse(self.args.id.get(), incarnation) {
             Ok(sample) => {
                 w.pulse_error = None;
                 w.pulse.look(now, &sample)
@@ -218,7 +218,7 @@ impl HeartbeatState {
         let now = self.now();
         let w = self.watched.as_mut()?;
         let serial = w.beats.send(now);
-        let (id, incarnation, to) = (self.args.id, w.incarnation, self.args.link.clone());
+        let (id, incarnation, to) = (self.args.id.get(), w.incarnation, self.args.link.clone());
         let guardian_ms = w.policy.guardian_ms();
         let beat = Command::Beat { serial, metrics: true, guardian_ms, to };
         if let Err(command) = self.args.env.connections.command(id, incarnation, beat) {

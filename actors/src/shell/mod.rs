@@ -11,6 +11,8 @@ mod heartbeat;
 mod instance;
 mod link;
 pub mod log;
+mod morph;
+mod morphs;
 mod policies;
 pub mod service;
 mod supervisor;

@@ -13,6 +13,8 @@ use crate::core::supervisor::{ChildSpec, Down, Event, Flags};
 pub(crate) enum SupervisorMsg {
     /// Add a child and start it; the answer says whether it runs.
     Add(ChildDef, oneshot::Sender<Result<(), String>>),
+    /// Stop this child and forget it; answered when that is done.
+    Remove(String, oneshot::Sender<()>),
     /// Stop the children in reverse order, then stop.
     Shutdown,
 }
@@ -27,6 +29,23 @@ pub(crate) struct SupervisorArgs {
 
 pub(crate) struct SupervisorState {
     children: Children,
+    /// Children to be forgotten once they have stopped.
+    removing: Vec<(String, oneshot::Sender<()>)>,
+}
+
+impl SupervisorState {
+    async fn forget_stopped(&mut self) {
+        for (id, done) in std::mem::take(&mut self.removing) {
+            // Refused while it is stopping.
+            let known = self.children.runs(&id).is_some();
+            if known && self.children.step(Event::Delete(id.clone())).await.refused.is_some() {
+                self.removing.push((id, done));
+                continue;
+            }
+            // Who asked may have given up waiting.
+            let _ = done.send(());
+        }
+    }
 }
 
 /// The actor.
@@ -48,7 +67,7 @@ impl Actor for SupervisorActor {
             children.abandon().await;
             return Err(format!("a child of {} did not start", args.name).into());
         }
-        Ok(SupervisorState { children })
+        Ok(SupervisorState { children, removing: Vec::new() })
     }
 
     async fn handle(
@@ -70,6 +89,12 @@ impl Actor for SupervisorActor {
                 let _ = reply.send(answer);
                 settle(&myself, &step)
             }
+            SupervisorMsg::Remove(id, done) => {
+                let step = state.children.step(Event::Terminate(id.clone())).await;
+                state.removing.push((id, done));
+                state.forget_stopped().await;
+                settle(&myself, &step)
+            }
             SupervisorMsg::Shutdown => {
                 let step = state.children.step(Event::Shutdown).await;
                 settle(&myself, &step)
@@ -84,6 +109,7 @@ impl Actor for SupervisorActor {
         state: &mut SupervisorState,
     ) -> Result<(), Failure> {
         let step = state.children.ended(ended).await;
+        state.forget_stopped().await;
         settle(&myself, &step)
     }
 }

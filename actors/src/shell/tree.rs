@@ -29,9 +29,9 @@ use super::transport::{self, Connections, TransportArgs};
 use super::view;
 use crate::config::{Definitions, StartError, TreeConfig};
 use crate::core::policy::{Key, Patch, Policy};
-use crate::core::recovery::{Phase, Saved};
+use crate::core::recovery::{Goal, Phase, Saved};
 use crate::core::supervisor::{ChildSpec, Flags, Shutdown};
-use crate::store::{InstanceRecord, Store};
+use crate::store::{InstanceRecord, Role, Store};
 use crate::telemetry::Lag;
 
 /// Longest wait for an actor's answer that needs no work.
@@ -43,11 +43,7 @@ const PING_LIMIT: Duration = Duration::from_secs(5);
 pub struct Tree {
     pub(super) env: Arc<Env>,
     pub(super) directory: Directory,
-    definitions: Arc<dyn Definitions>,
     root: ActorRef<SupervisorMsg>,
-    instances: Link<SupervisorMsg>,
-    /// One change of the directory at a time.
-    admission: Mutex<()>,
 }
 
 pub(super) fn gone(what: &str) -> OpError {
@@ -59,7 +55,7 @@ fn not_found(name: &str) -> OpError {
 }
 
 /// The kind of error a platform's refusal is to an operator.
-fn refused(name: &str, error: &PlatformError) -> OpError {
+pub(super) fn refused(name: &str, error: &PlatformError) -> OpError {
     let kind = match error {
         PlatformError::Invalid(_) | PlatformError::BadImage(_) => ErrorKind::BadInput,
         PlatformError::Busy(_) => ErrorKind::Busy,
@@ -82,6 +78,7 @@ impl Tree {
     ) -> Result<Tree, StartError> {
         crate::telemetry::describe();
         let directory = Directory::default();
+        let instances: Link<SupervisorMsg> = Link::new("instances");
         let transport = Link::new("transport");
         let connections = Connections::default();
         let env = Arc::new(Env {
@@ -96,10 +93,13 @@ impl Tree {
             groups: Link::new("groups"),
             incidents: GroupIncidents::default(),
             settings: RwLock::new(config.settings.clone()),
+            directory: directory.clone(),
+            definitions: definitions.clone(),
+            instances: instances.clone(),
+            admission: Mutex::new(()),
         });
         remember(&env, &directory, &definitions).await?;
 
-        let instances: Link<SupervisorMsg> = Link::new("instances");
         let children = vec![
             transport::child(TransportArgs {
                 platform: platform.clone(),
@@ -119,7 +119,7 @@ impl Tree {
         let flags = Flags { intensity: 3, period: Duration::from_secs(10), ..Flags::default() };
         let args = SupervisorArgs { name: "root".into(), flags, children };
         let root = actor::spawn(SupervisorActor, args).await.map_err(|e| StartError::Actor(e.to_string()))?;
-        Ok(Tree { env, directory, definitions, root, instances, admission: Mutex::new(()) })
+        Ok(Tree { env, directory, root })
     }
 
     /// Add a service of kmorphd as a child of the root. It is stopped before everything that was started
@@ -199,7 +199,7 @@ impl Tree {
                 Err(error) => warn!(instance = %instance.name, %error, "left out of the list"),
             }
         }
-        let definitions = self.definitions.clone();
+        let definitions = self.env.definitions.clone();
         match tokio::task::spawn_blocking(move || definitions.all()).await {
             Ok(specs) => {
                 for spec in specs.iter().filter(|s| self.directory.get(&s.name).is_none()) {
@@ -334,7 +334,7 @@ impl Tree {
     }
 
     pub(super) async fn definition(&self, name: &str) -> Result<InstanceSpec, OpError> {
-        let (definitions, name) = (self.definitions.clone(), name.to_owned());
+        let (definitions, name) = (self.env.definitions.clone(), name.to_owned());
         tokio::task::spawn_blocking(move || definitions.load(&name))
             .await
             .map_err(|e| OpError::new(ErrorKind::Internal, format!("read a definition: {e}")))?
@@ -359,32 +359,11 @@ impl Tree {
 
     /// The instance with this definition, known from now on.
     pub(super) async fn admit(&self, spec: InstanceSpec, policy: Policy) -> Result<Arc<Instance>, OpError> {
-        let _one_at_a_time = self.admission.lock().await;
-        if let Some(instance) = self.directory.get(&spec.name) {
-            if instance.id == spec.id {
-                return Ok(instance);
-            }
-            let text = format!(
-                "instance {} is known here with id {}, its definition now has id {}: terminate it and restart the daemon",
-                spec.name, instance.id, spec.id
-            );
-            return Err(OpError::new(ErrorKind::Conflict, text));
-        }
-        let instance = Arc::new(Instance::new(InstanceRecord::new(spec.clone(), policy)));
-        if !self.directory.insert(instance.clone()) {
-            let text = format!("instance {}: id {} belongs to another instance", spec.name, spec.id);
-            return Err(OpError::new(ErrorKind::Conflict, text));
-        }
-        let args = InstanceArgs { instance: instance.clone(), env: self.env.clone() };
-        if let Err(why) = add(|m| self.instances.send(m), instance::child(args)).await {
-            self.directory.remove(&spec.name);
-            return Err(OpError::new(ErrorKind::Internal, format!("instance {}: {why}", spec.name)));
-        }
-        Ok(instance)
+        admit(&self.env, InstanceRecord::new(spec, policy)).await
     }
 
     /// An instance that is known here; one that is only defined never ran.
-    async fn instance(&self, name: &str) -> Result<Arc<Instance>, OpError> {
+    pub(super) async fn instance(&self, name: &str) -> Result<Arc<Instance>, OpError> {
         match self.directory.get(name) {
             Some(instance) => Ok(instance),
             None => {
@@ -481,6 +460,38 @@ fn overrides(args: &SpawnArgs, mut overrides: Patch) -> Result<Patch, OpError> {
     Ok(overrides)
 }
 
+/// The instance of this record, known from now on; the one that is known already when it has the same number.
+pub(crate) async fn admit(env: &Arc<Env>, record: InstanceRecord) -> Result<Arc<Instance>, OpError> {
+    let _one_at_a_time = env.admission.lock().await;
+    let (name, id) = (record.spec.name.clone(), record.spec.id);
+    if let Some(instance) = env.directory.get(&name) {
+        if instance.id() == id {
+            return Ok(instance);
+        }
+        // A morph gave it another number; one that is stopped begins again as it is defined.
+        let stopped = instance.record().saved.phase == Phase::Stopped;
+        if stopped && env.directory.renumber(&instance, id) {
+            return Ok(instance);
+        }
+        let text = format!(
+            "instance {name} is known here with id {}, its definition now has id {id}: terminate it first",
+            instance.id()
+        );
+        return Err(OpError::new(ErrorKind::Conflict, text));
+    }
+    let instance = Arc::new(Instance::new(record));
+    if !env.directory.insert(instance.clone()) {
+        let text = format!("instance {name}: id {id} belongs to another instance");
+        return Err(OpError::new(ErrorKind::Conflict, text));
+    }
+    let args = InstanceArgs { instance: instance.clone(), env: env.clone() };
+    if let Err(why) = add(|m| env.instances.send(m), instance::child(args)).await {
+        env.directory.remove(&name);
+        return Err(OpError::new(ErrorKind::Internal, format!("instance {name}: {why}")));
+    }
+    Ok(instance)
+}
+
 /// Have a supervisor start a child.
 async fn add(send: impl FnOnce(SupervisorMsg) -> bool, def: ChildDef) -> Result<(), String> {
     let (reply, answer) = oneshot::channel();
@@ -514,8 +525,21 @@ async fn remember(
     directory: &Directory,
     definitions: &Arc<dyn Definitions>,
 ) -> Result<(), StartError> {
-    for mut record in env.store.load_instances().await? {
+    let remembered = env.store.load_instances().await?;
+    let morphs: Vec<String> =
+        remembered.iter().filter_map(|r| r.morph.as_ref()).map(|m| m.side.clone()).collect();
+    for mut record in remembered {
         let name = record.spec.name.clone();
+        if let Role::Side(of) = &record.role {
+            if record.saved.phase == Phase::Stopped && !record.saved.held {
+                env.store.forget(&name).await?;
+                continue;
+            }
+            if !morphs.contains(&name) {
+                info!(instance = %name, %of, "its morph has ended: it is stopped");
+                record.saved = Saved { phase: Phase::PreparingRecovery, goal: Goal::Stop, ..record.saved };
+            }
+        }
         record.policy = env.policy(&name, &record.overrides);
         if !directory.insert(Arc::new(Instance::new(record))) {
             warn!(instance = %name, "remembered twice under its name or id: the second is ignored");

@@ -11,7 +11,7 @@ use super::heartbeat::Readings;
 use crate::core::health::{Missing, State as HealthState};
 use crate::core::policy::{AgentSilent, Policy, hang_bound};
 use crate::core::recovery::{Goal, Phase, Saved};
-use crate::store::InstanceRecord;
+use crate::store::{InstanceRecord, Role};
 
 fn ms(at: Option<Instant>) -> Option<u64> {
     at.map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
@@ -140,6 +140,11 @@ pub(crate) fn instance(
         pulse_age_ms: if watching { ms(readings.pulse_moved) } else { None },
         uptime_s: uptime,
         incident: incident.map(|i| i.number),
+        morph: record.morph.as_ref().map(|m| m.saved.phase.name().to_owned()),
+        side_of: match &record.role {
+            Role::Own => None,
+            Role::Side(of) => Some(of.clone()),
+        },
     }
 }
 

@@ -281,6 +281,29 @@ impl SqliteStore {
         result
     }
 
+    /// Save all of these records and steps, or nothing, now. After an error none of it is there or will be.
+    pub async fn decide(
+        &self,
+        records: Vec<(String, Vec<u8>)>,
+        steps: Vec<RecoveryStep>,
+    ) -> Result<(), OpError> {
+        let mut all: Vec<Write> = steps.iter().cloned().map(|s| Write::Step(Box::new(s))).collect();
+        all.extend(records.into_iter().map(|(name, record)| Write::Record(name, record)));
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(Ask::Decide(all, reply)).await.map_err(|_| fail("decide", "its thread has ended"))?;
+        answer.await.map_err(|_| fail("decide", "its thread has ended"))??;
+        for step in steps {
+            // Nobody needs to be following.
+            let _ = self.steps.send(step);
+        }
+        Ok(())
+    }
+
+    /// Forget an instance; its steps stay.
+    pub async fn remove_record(&self, name: String) -> Result<(), OpError> {
+        self.write(vec![Write::Forget(name)]).await
+    }
+
     /// All records.
     pub async fn records(&self) -> Result<Vec<(String, Vec<u8>)>, OpError> {
         self.with("load instances", |db| {

@@ -22,6 +22,8 @@ pub(super) const TRIM_BATCH: usize = 500;
 pub(super) enum Write {
     Step(Box<RecoveryStep>),
     Record(String, Vec<u8>),
+    /// An instance is forgotten; its steps stay.
+    Forget(String),
     /// Incidents are numbered up to this.
     Incident(u64),
 }
@@ -32,6 +34,8 @@ type Work = Box<dyn FnOnce(&mut Connection) + Send>;
 pub(super) enum Ask {
     /// All of them in one transaction.
     Write(Vec<Write>, oneshot::Sender<Result<(), OpError>>),
+    /// All of them in one transaction, now or never.
+    Decide(Vec<Write>, oneshot::Sender<Result<(), OpError>>),
     Read(Work),
     /// Try again what could not be written.
     Retry(oneshot::Sender<()>),
@@ -80,6 +84,11 @@ impl Writer {
                         self.settle(&mut waiting);
                         work(&mut self.db);
                     }
+                    Ask::Decide(writes, reply) => {
+                        self.settle(&mut waiting);
+                        // Who asked may have given up waiting: he looks it up.
+                        let _ = reply.send(self.decide(&writes));
+                    }
                     Ask::Retry(reply) => {
                         self.settle(&mut waiting);
                         self.retry();
@@ -103,7 +112,7 @@ impl Writer {
 
     /// Add to what is to be written. Of an instance only the latest record counts.
     fn keep(&mut self, write: Write) {
-        if let Write::Record(name, _) = &write {
+        if let Write::Record(name, _) | Write::Forget(name) = &write {
             self.kept.retain(|w| !matches!(w, Write::Record(other, _) if other == name));
         }
         self.kept_steps += usize::from(matches!(write, Write::Step(_)));
@@ -137,6 +146,19 @@ impl Writer {
             // Who asked may have given up waiting.
             let _ = reply.send(result);
         }
+    }
+
+    /// Write these, or never: they are not kept for later.
+    fn decide(&mut self, writes: &[Write]) -> Result<(), OpError> {
+        let failed = |why: String| OpError::new(ErrorKind::Internal, format!("journal: not written: {why}"));
+        if let Some(why) = &*self.trouble.borrow() {
+            return Err(failed(why.clone()));
+        }
+        let tx = self.db.transaction().map_err(|e| failed(e.to_string()))?;
+        for write in writes {
+            apply(&tx, write).map_err(|e| failed(e.to_string()))?;
+        }
+        tx.commit().map_err(|e| failed(e.to_string()))
     }
 
     fn retry(&mut self) {
@@ -218,6 +240,9 @@ fn apply(tx: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
         Write::Record(name, record) => tx
             .prepare_cached("INSERT INTO instances VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET record = ?2")?
             .execute(params![name, record]),
+        Write::Forget(name) => {
+            tx.prepare_cached("DELETE FROM instances WHERE name = ?1")?.execute(params![name])
+        }
         Write::Incident(n) => tx
             .prepare_cached(
                 "INSERT INTO counters VALUES ('incident', ?1)

@@ -59,6 +59,8 @@ impl InstanceActorState {
             }
             InstanceMsg::Regroup => self.regroup(),
             // A wish has to wait until it is known what there is.
+            InstanceMsg::Unite => self.unite(),
+            InstanceMsg::Recalled { epoch, found } if epoch == self.epoch => self.recalled(*found),
             wish if self.machine.is_none() => match wish {
                 InstanceMsg::Spawn { .. } | InstanceMsg::Terminate { .. } | InstanceMsg::Recover { .. } => {
                     self.deferred.push(wish);
@@ -104,7 +106,12 @@ impl InstanceActorState {
             }
             InstanceMsg::Platform(event) => self.platform(event),
             InstanceMsg::Look => drop(self.args.instance.heartbeat.send(HeartbeatMsg::Look)),
-            InstanceMsg::Quit => {}
+            InstanceMsg::Persist(reply) => {
+                self.run(vec![], None);
+                self.answer(Answer::Policy(reply));
+            }
+            InstanceMsg::Part(reply) => self.part(reply),
+            InstanceMsg::Quit | InstanceMsg::Morph(_) | InstanceMsg::Recalled { .. } => {}
             #[cfg(test)]
             InstanceMsg::Panic => panic!("asked to panic"),
         }
@@ -366,6 +373,9 @@ impl InstanceActorState {
         }
         for outcome in settled {
             self.settled(&outcome);
+            if outcome == Outcome::Stopped {
+                self.side_stopped();
+            }
         }
     }
 
@@ -387,7 +397,7 @@ impl InstanceActorState {
     }
 
     /// Have this written down and done.
-    fn run(&mut self, orders: Vec<Order>, effect: Option<Effect>) {
+    pub(super) fn run(&mut self, orders: Vec<Order>, effect: Option<Effect>) {
         let mut record = self.args.instance.record();
         if let Some(machine) = &self.machine {
             record.saved = machine.saved();
@@ -409,11 +419,11 @@ impl InstanceActorState {
         self.health(if adopted { health::Event::Adopted } else { health::Event::Booted });
     }
 
-    fn unwatch(&mut self) {
+    pub(super) fn unwatch(&mut self) {
         self.watching = false;
         self.asking = None;
         self.channel = None;
-        let (id, incarnation) = (self.args.instance.id, self.incarnation());
+        let (id, incarnation) = (self.args.instance.id(), self.incarnation());
         self.args.instance.heartbeat.send(HeartbeatMsg::Idle);
         // Every connection is closed before its instance is fenced, so none reaches a successor.
         self.args.env.transport.send(TransportMsg::Close { id, incarnation });
@@ -504,7 +514,7 @@ impl InstanceActorState {
                 self.arm(Timer::Look, LOOK_AGAIN);
             }
             Ok(existing) => {
-                let found = match existing.into_iter().find(|e| e.id == self.args.instance.id) {
+                let found = match existing.into_iter().find(|e| e.id == self.args.instance.id()) {
                     None => Found::Nothing,
                     Some(e) => {
                         let mut r = self.args.instance.record();
@@ -534,7 +544,7 @@ impl InstanceActorState {
         };
         let grouped = self.args.env.group_of(&self.args.instance.name).is_some();
         let duties = Duties { maintenance, grouped };
-        let seed = self.args.env.config.seed ^ u64::from(self.args.instance.id.0);
+        let seed = self.args.env.config.seed ^ u64::from(self.args.instance.id().0);
         let (machine, actions) = Recovery::resume(policy, seed, saved, found, self.now(), duties);
         self.machine = Some(machine);
         self.carry_out(actions);
@@ -547,7 +557,7 @@ impl InstanceActorState {
     // Answers.
 
     /// Give this answer as soon as all that was decided before it is written down, or cannot be.
-    fn answer(&mut self, answer: Answer) {
+    pub(super) fn answer(&mut self, answer: Answer) {
         match self.unacknowledged.back() {
             Some(run) => self.answers.push_back((run.op, answer)),
             None => answer.give(),
@@ -564,7 +574,7 @@ impl InstanceActorState {
 
     // Timers.
 
-    fn arm(&mut self, timer: Timer, after: Duration) {
+    pub(super) fn arm(&mut self, timer: Timer, after: Duration) {
         self.disarm(timer);
         self.round += 1;
         let (link, round) = (self.args.instance.link.clone(), self.round);
@@ -576,7 +586,7 @@ impl InstanceActorState {
         self.rounds.insert(timer, round);
     }
 
-    fn disarm(&mut self, timer: Timer) {
+    pub(super) fn disarm(&mut self, timer: Timer) {
         if let Some(task) = self.timers.remove(&timer) {
             task.abort();
         }
@@ -594,6 +604,7 @@ impl InstanceActorState {
             Timer::Health(health::Timer::Probe) => self.health(health::Event::ProbeTimer),
             Timer::Restart => self.recovery(Event::RestartTimer),
             Timer::Look => self.run(vec![], Some(Effect::Look)),
+            Timer::Parted => self.recall(),
         }
     }
 
@@ -650,6 +661,9 @@ impl InstanceActorState {
     }
 
     fn state(&self) -> kmorph_control::views::InstanceState {
+        if let (true, Some(shown)) = (self.parted, self.shown) {
+            return shown;
+        }
         let Some(machine) = &self.machine else { return kmorph_control::views::InstanceState::Starting };
         let started = self.args.instance.record().incarnation > 0;
         view::state(machine.phase(), machine.saved(), self.health.state(), started)
@@ -657,6 +671,9 @@ impl InstanceActorState {
 
     /// Publish the state when it changed.
     pub(super) fn show(&mut self) {
+        if self.parted {
+            return;
+        }
         let state = self.state();
         let before = self.shown.replace(state);
         if matches!(self.health.state(), HealthState::Suspect { .. } | HealthState::AgentSilent) {
@@ -671,6 +688,7 @@ impl InstanceActorState {
             drop(record);
             self.announce(draft);
         }
+        self.tell_morph();
     }
 
     pub(super) fn console_text(&self) -> String {

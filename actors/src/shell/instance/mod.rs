@@ -3,9 +3,10 @@
 
 mod drive;
 mod operator;
+mod part;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -21,13 +22,16 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::children::{ChildDef, Children, Started, Step};
+use super::directory::Directory;
 use super::effects::{self, Done, EffectsArgs, EffectsMsg, Progress, Run, SharedIncident};
 use super::groups::{GroupIncidents, GroupsMsg};
 use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
 use super::link::Link;
 use super::log::EventLog;
+use super::morph::{self, MorphArgs, MorphMsg};
+use super::supervisor::SupervisorMsg;
 use super::transport::{Connections, TransportMsg};
-use crate::config::{Settings, TreeConfig};
+use crate::config::{Definitions, Settings, TreeConfig};
 use crate::core::health::{self, Health};
 use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::{Recovery, Standing};
@@ -48,6 +52,12 @@ pub(crate) struct Env {
     pub(crate) groups: Link<GroupsMsg>,
     pub(crate) incidents: GroupIncidents,
     pub(crate) settings: RwLock<Settings>,
+    pub(crate) directory: Directory,
+    pub(crate) definitions: Arc<dyn Definitions>,
+    /// The supervisor of the instances.
+    pub(crate) instances: Link<SupervisorMsg>,
+    /// One change of the directory at a time.
+    pub(crate) admission: tokio::sync::Mutex<()>,
 }
 
 impl Env {
@@ -101,6 +111,7 @@ pub(crate) enum Timer {
     Health(health::Timer),
     Restart,
     Look,
+    Parted,
 }
 
 /// Messages of an instance actor.
@@ -153,6 +164,19 @@ pub(crate) enum InstanceMsg {
         incarnation: u64,
         why: String,
     },
+    /// For the actor of its morph, which is started when there is none.
+    Morph(MorphMsg),
+    /// Write down what is remembered; answered when that is done.
+    Persist(oneshot::Sender<()>),
+    /// Stop watching, decide nothing, and wait to be told who it is. Refused when it is not merely watched.
+    Part(oneshot::Sender<Result<InstanceRecord, String>>),
+    /// Go on from what is remembered now.
+    Unite,
+    /// What the journal has of it.
+    Recalled {
+        epoch: u64,
+        found: Box<Result<InstanceRecord, String>>,
+    },
     /// Look at the pulse now: an event may have been lost.
     Look,
     // What comes of decisions.
@@ -195,13 +219,32 @@ enum Asking {
     Group(String),
 }
 
+/// The number of an instance, shared by its actors.
+#[derive(Clone)]
+pub(crate) struct SharedId(Arc<AtomicU16>);
+
+impl SharedId {
+    fn new(id: InstanceId) -> SharedId {
+        SharedId(Arc::new(AtomicU16::new(id.0)))
+    }
+
+    pub(crate) fn get(&self) -> InstanceId {
+        InstanceId(self.0.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, id: InstanceId) {
+        self.0.store(id.0, Ordering::Relaxed);
+    }
+}
+
 /// An instance as others know it: its name, number, link, and what outlives its actor.
 pub(crate) struct Instance {
     pub(crate) name: String,
-    pub(crate) id: InstanceId,
+    number: SharedId,
     pub(crate) link: Link<InstanceMsg>,
     pub(crate) heartbeat: Link<HeartbeatMsg>,
     pub(crate) recovery: Link<EffectsMsg>,
+    pub(crate) morph: Link<MorphMsg>,
     record: Mutex<InstanceRecord>,
     readings: SharedReadings,
     incident: SharedIncident,
@@ -220,10 +263,11 @@ impl Instance {
         }
         Instance {
             name: record.spec.name.clone(),
-            id: record.spec.id,
+            number: SharedId::new(record.spec.id),
             link: Link::new("instance"),
             heartbeat: Link::new("heartbeat"),
             recovery: Link::new("recovery"),
+            morph: Link::new("morph"),
             record: Mutex::new(record),
             readings: SharedReadings::default(),
             incident,
@@ -231,6 +275,22 @@ impl Instance {
             progress: Progress::default(),
             epoch: AtomicU64::new(0),
         }
+    }
+
+    /// Its number. A morph gives it another: that of the new kernel.
+    pub(crate) fn id(&self) -> InstanceId {
+        self.number.get()
+    }
+
+    /// From now on it has this number.
+    pub(crate) fn renumber(&self, id: InstanceId) {
+        self.number.set(id);
+    }
+
+    /// From now on it is another kernel: this is what is remembered of it.
+    pub(crate) fn become_record(&self, record: InstanceRecord) {
+        self.number.set(record.spec.id);
+        *self.record() = record;
     }
 
     /// What is remembered of it.
@@ -257,6 +317,7 @@ enum Answer {
     Operator(Reply<InstanceView>, Result<InstanceView, OpError>),
     Policy(oneshot::Sender<()>),
     Maintenance(oneshot::Sender<InstanceView>, InstanceView),
+    Parted(oneshot::Sender<Result<InstanceRecord, String>>, Box<InstanceRecord>),
 }
 
 impl Answer {
@@ -266,6 +327,7 @@ impl Answer {
             Answer::Operator(reply, result) => drop(reply.send(result)),
             Answer::Policy(reply) => drop(reply.send(())),
             Answer::Maintenance(reply, view) => drop(reply.send(view)),
+            Answer::Parted(reply, record) => drop(reply.send(Ok(*record))),
         }
     }
 }
@@ -308,6 +370,10 @@ pub(crate) struct InstanceActorState {
     /// Where the group was told that it stands.
     told: Option<Standing>,
     agent_restarts: u32,
+    /// It waits to be told who it is.
+    parted: bool,
+    /// Its kernel runs, or is being started.
+    lives: bool,
 }
 
 impl Drop for InstanceActorState {
@@ -345,7 +411,7 @@ impl Actor for InstanceActor {
         let children = vec![
             heartbeat::child(HeartbeatArgs {
                 name: instance.name.clone(),
-                id: instance.id,
+                id: instance.number.clone(),
                 env: env.clone(),
                 link: instance.heartbeat.clone(),
                 owner: instance.link.clone(),
@@ -353,7 +419,7 @@ impl Actor for InstanceActor {
             }),
             effects::child(EffectsArgs {
                 name: instance.name.clone(),
-                id: instance.id,
+                id: instance.number.clone(),
                 env: env.clone(),
                 link: instance.recovery.clone(),
                 owner: instance.link.clone(),
@@ -370,7 +436,7 @@ impl Actor for InstanceActor {
         }
         let policy = instance.record().policy;
         let epoch = instance.epoch.fetch_add(1, Ordering::Relaxed) + 1;
-        let seed = env.config.seed ^ (u64::from(instance.id.0) << 32);
+        let seed = env.config.seed ^ (u64::from(instance.id().0) << 32);
         let mut state = InstanceActorState {
             children,
             epoch,
@@ -393,12 +459,18 @@ impl Actor for InstanceActor {
             shown: None,
             told: None,
             agent_restarts: 0,
+            parted: false,
+            lives: false,
             args,
         };
         if state.args.instance.record().maintenance {
             state.health.step(Duration::ZERO, health::Event::Maintenance(true));
         }
         state.look_at_platform();
+        if state.args.instance.record().morph.is_some() {
+            // A daemon before began it, or its actor was started anew with this one.
+            Box::pin(state.morph(None)).await;
+        }
         Ok(state)
     }
 
@@ -414,6 +486,10 @@ impl Actor for InstanceActor {
             let step = Box::pin(state.quit()).await;
             return settle(state, &step);
         }
+        if let InstanceMsg::Morph(message) = message {
+            Box::pin(state.morph(Some(message))).await;
+            return Ok(());
+        }
         state.message(message);
         state.show();
         state.stand(false);
@@ -427,6 +503,7 @@ impl Actor for InstanceActor {
         state: &mut InstanceActorState,
     ) -> Result<(), Failure> {
         let step = Box::pin(state.children.ended(ended)).await;
+        Box::pin(state.morph_ended()).await;
         for child in &step.started {
             warn!(instance = %state.args.instance.name, actor = %child, "actor was started anew");
             state.child_is_back(child);

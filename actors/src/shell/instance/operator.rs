@@ -42,7 +42,7 @@ impl InstanceActorState {
     /// Ask the agent to stop its workload; the answer, or its absence, comes back as a message.
     pub(super) fn ask(&mut self) {
         let (env, link) = (self.args.env.clone(), self.args.instance.link.clone());
-        let (id, incarnation, epoch) = (self.args.instance.id, self.incarnation(), self.epoch);
+        let (id, incarnation, epoch) = (self.args.instance.id(), self.incarnation(), self.epoch);
         let grace = env.config.terminate_grace;
         info!(instance = %self.args.instance.name, ?grace, "asking its agent to stop the workload");
         tokio::spawn(async move {

@@ -37,6 +37,7 @@ pub enum Agent {
 
 struct Kernel {
     incarnation: u64,
+    release: String,
     started: Instant,
     /// Beats stopped at this count.
     frozen: Option<u64>,
@@ -214,7 +215,21 @@ impl Platform for Fake {
     }
 
     async fn inventory(&self) -> Result<Inventory, PlatformError> {
-        Ok(Inventory::default())
+        Ok(self.with(|s| {
+            let lent = |apic_id| s.kernels.values().any(|k| k.cpus.contains(&apic_id));
+            let cpu = |apic_id| CpuInfo {
+                apic_id,
+                number: apic_id,
+                state: if lent(apic_id) { CpuState::Lent } else { CpuState::Online },
+                owner: None,
+                boot: apic_id == 0,
+            };
+            Inventory {
+                cpus: (0..12).map(cpu).collect(),
+                pool: vec![MemoryRange { base: 1 << 30, size: 2 << 30 }],
+                used: s.kernels.iter().map(|(id, k)| (k.region, *id)).collect(),
+            }
+        }))
     }
 
     async fn existing(&self) -> Result<Vec<ExistingInstance>, PlatformError> {
@@ -253,11 +268,13 @@ impl Platform for Fake {
             return Err(PlatformError::BadImage(why.into()));
         }
         let region = MemoryRange { base: u64::from(id.0) << 30, size: r.spec.memory_bytes };
+        let release = if r.kernel == Path::new("/new") { "6.18.1" } else { "6.12.9" };
         self.with(|s| {
             assert!(!s.kernels.contains_key(&id), "instance {id} is started while it owns resources");
             let agent = s.agent.get(&id).copied().unwrap_or(Agent::Answers);
             let kernel = Kernel {
                 incarnation: r.incarnation,
+                release: release.into(),
                 started: Instant::now(),
                 frozen: s.no_pulse.contains(&id).then_some(0),
                 state: s.born.get(&id).cloned().unwrap_or(KernelState::Ready),
@@ -269,7 +286,7 @@ impl Platform for Fake {
             s.kernels.insert(id, kernel);
         });
         let took = Duration::from_millis(5);
-        Ok(Booted { region, cpus: r.spec.cpus.clone(), release: "6.12.9".into(), took })
+        Ok(Booted { region, cpus: r.spec.cpus.clone(), release: release.into(), took })
     }
 
     fn pulse(&self, id: InstanceId, incarnation: u64) -> Result<PulseSample, PlatformError> {
@@ -329,7 +346,8 @@ impl Platform for Fake {
         if let Some(Next::Panic) = self.with(|s| s.next.get_mut("connect").and_then(Vec::pop)) {
             panic!("scripted panic in connect");
         }
-        let (agent, since) = self.kernel(id.0, |k| (k.agent.subscribe(), k.started.elapsed()));
+        let (agent, since, release) =
+            self.kernel(id.0, |k| (k.agent.subscribe(), k.started.elapsed(), k.release.clone()));
         let now = *agent.borrow();
         let listens = match now {
             Agent::Answers | Agent::Silent => true,
@@ -340,7 +358,7 @@ impl Platform for Fake {
             return Err(PlatformError::os("connect", "connection refused"));
         }
         let (here, there) = tokio::io::duplex(4096);
-        tokio::spawn(serve(there, id, incarnation, agent));
+        tokio::spawn(serve(there, id, incarnation, release, agent));
         Ok(Box::new(here))
     }
 
@@ -360,9 +378,10 @@ async fn serve(
     stream: tokio::io::DuplexStream,
     id: InstanceId,
     incarnation: u64,
+    release: String,
     mut agent: watch::Receiver<Agent>,
 ) {
-    let identity = Hello { instance: id.0, incarnation, release: "6.12.9".into(), ..Hello::default() };
+    let identity = Hello { instance: id.0, incarnation, release, ..Hello::default() };
     let limit = Duration::from_secs(1);
     let Ok((mut connection, _)) = Connection::accept(stream, identity, || 0, limit).await else { return };
     loop {

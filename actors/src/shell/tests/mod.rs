@@ -5,6 +5,7 @@ mod failures;
 mod fake;
 mod figures;
 mod groups;
+mod morphs;
 mod operators;
 mod policies;
 mod restart;
@@ -108,6 +109,15 @@ impl Store for TestStore {
             gate.notified().await;
         }
         self.memory.save_instance(record).await
+    }
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        self.check()?;
+        self.memory.decide(records, steps).await?;
+        self.steps.send_modify(|s| s.extend_from_slice(steps));
+        Ok(())
+    }
+    async fn forget(&self, name: &str) -> Result<(), StoreError> {
+        self.memory.forget(name).await
     }
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
         self.memory.load_instances().await

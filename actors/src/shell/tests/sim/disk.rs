@@ -136,6 +136,18 @@ impl Store for Open {
         Ok(())
     }
 
+    async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
+        self.touch().await?;
+        self.disk.memory.decide(records, &[]).await?;
+        self.keep(steps);
+        Ok(())
+    }
+
+    async fn forget(&self, name: &str) -> Result<(), StoreError> {
+        self.touch().await?;
+        self.disk.memory.forget(name).await
+    }
+
     async fn load_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
         self.disk.memory.load_instances().await
     }

@@ -1,0 +1,339 @@
+//! The machine between two kernels that may die, a journal whose answer may be lost, messages that may be lost, and
+//! a daemon that may be killed at any moment and started again: every order of events there is.
+
+use stateright::{Checker, Model, Property};
+
+use super::*;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Old {
+    Serving,
+    Frozen,
+    /// Told, or made by a fence, never to serve again.
+    Retired,
+    Dead,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum New {
+    None,
+    /// It runs and serves nobody.
+    Up,
+    Active,
+    Dead,
+}
+
+/// Work under way: given out, or done and not reported yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Work {
+    what: Action,
+    done: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct World {
+    /// Absent while no daemon runs.
+    daemon: Option<Morph>,
+    /// What the journal has.
+    journal: Saved,
+    /// The commit record is in it.
+    decided: bool,
+    /// What the daemon has decided and not written yet.
+    unwritten: Option<Saved>,
+    /// What it does once that is written.
+    next: Option<Action>,
+    work: Option<Work>,
+    old: Old,
+    new: New,
+    /// Faults that may still happen, and wishes that may still come.
+    faults: u8,
+    wishes: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Move {
+    Wish(Event),
+    Timeout,
+    /// The journal is written, work begins.
+    Write,
+    /// Work is done.
+    Do,
+    /// The old kernel is retired, the new one is not active yet.
+    Retire,
+    /// The new kernel is gone, the old one is not thawed yet.
+    Remove,
+    /// It is reported.
+    Report,
+    /// It fails, or its answer is lost and it times out.
+    Fail,
+    /// The journal did not say whether it wrote the record.
+    LoseRecord,
+    OldDies,
+    NewDies,
+    DaemonDies,
+    DaemonStarts,
+    /// Recovery, which is not this machine's work, starts what died.
+    Recover,
+}
+
+struct Rules;
+
+impl World {
+    fn serving(&self) -> usize {
+        usize::from(self.old == Old::Serving) + usize::from(self.new == New::Active)
+    }
+
+    /// The answer of work. One that comes after other work was decided on means nothing.
+    fn answered(&mut self, event: Event) {
+        self.work = None;
+        if self.next.is_none() {
+            self.feed(event);
+        }
+    }
+
+    fn feed(&mut self, event: Event) {
+        let Some(m) = &mut self.daemon else { return };
+        let actions = m.step(event);
+        self.obey(actions);
+    }
+
+    fn obey(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Journal { .. } => self.unwritten = self.daemon.as_ref().map(Morph::saved),
+                Action::Start
+                | Action::Negotiate
+                | Action::Transfer { .. }
+                | Action::Validate
+                | Action::Freeze
+                | Action::Record
+                | Action::LookUpRecord
+                | Action::Activate
+                | Action::Undo => self.next = Some(action),
+                Action::Arm(_)
+                | Action::Disarm
+                | Action::Settled(_)
+                | Action::Alert(_)
+                | Action::Refuse(_) => {}
+            }
+        }
+    }
+
+    /// The daemon sees who is gone, also what happened while there was none.
+    fn look(&mut self) {
+        if matches!(self.old, Old::Dead) {
+            self.feed(Event::OldGone(String::new()));
+        }
+        if self.new == New::Dead {
+            self.feed(Event::NewGone(String::new()));
+        }
+    }
+
+    /// What work does to the world.
+    fn perform(&mut self, what: &Action) {
+        match what {
+            Action::Start if self.new == New::None => self.new = New::Up,
+            Action::Freeze if self.old == Old::Serving => self.old = Old::Frozen,
+            Action::Record => {
+                self.decided = true;
+                // Written together with the record.
+                self.journal.phase = Phase::Committing;
+            }
+            Action::Activate => {
+                self.retire();
+                if self.new == New::Up {
+                    self.new = New::Active;
+                }
+            }
+            Action::Undo => {
+                self.new = New::None;
+                if self.old == Old::Frozen {
+                    self.old = Old::Serving;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn retire(&mut self) {
+        if self.old != Old::Dead {
+            self.old = Old::Retired;
+        }
+    }
+
+    fn answer(&self, what: &Action) -> Event {
+        match what {
+            Action::Start => Event::Ready,
+            Action::Negotiate => Event::Agreed,
+            Action::Transfer { .. } => Event::Round(Round { bytes: 1, took: Duration::ZERO }),
+            Action::Validate => Event::Valid,
+            Action::Freeze => Event::Frozen,
+            Action::Record => Event::Recorded,
+            Action::LookUpRecord if self.decided => Event::Recorded,
+            Action::LookUpRecord => Event::NotRecorded(String::new()),
+            Action::Activate if self.new == New::Active => Event::Activated,
+            Action::Activate => Event::Failed(String::new()),
+            _ => Event::Undone,
+        }
+    }
+}
+
+impl Model for Rules {
+    type State = World;
+    type Action = Move;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World {
+            daemon: Some(Morph::new(Limits::default())),
+            journal: Saved::default(),
+            decided: false,
+            unwritten: None,
+            next: None,
+            work: None,
+            old: Old::Serving,
+            new: New::None,
+            faults: 3,
+            wishes: 4,
+        }]
+    }
+
+    fn actions(&self, w: &World, moves: &mut Vec<Move>) {
+        if let Some(m) = &w.daemon {
+            // One morph: a second one begins from the same state with the roles exchanged.
+            if w.wishes > 0 && !(w.decided && m.phase() == Phase::Idle) {
+                let goals = [Goal::Prepare, Goal::Validate, Goal::Commit];
+                moves.extend(goals.map(|g| Move::Wish(Event::Go(g))));
+                moves.push(Move::Wish(Event::Cancel(String::new())));
+            }
+            if w.unwritten.is_some() || w.next.is_some() {
+                moves.push(Move::Write);
+            }
+            if w.faults > 0 && !m.phase().waits() && m.phase() != Phase::Idle {
+                moves.push(Move::Timeout);
+            }
+            if let Some(work) = &w.work {
+                moves.push(if work.done { Move::Report } else { Move::Do });
+                if !work.done && work.what == Action::Activate && matches!(w.old, Old::Serving | Old::Frozen)
+                {
+                    moves.push(Move::Retire);
+                }
+                if !work.done && work.what == Action::Undo && w.new != New::None {
+                    moves.push(Move::Remove);
+                }
+                let certain = matches!(work.what, Action::LookUpRecord | Action::Undo | Action::Activate);
+                if w.faults > 0 && !certain {
+                    moves.push(if work.what == Action::Record { Move::LoseRecord } else { Move::Fail });
+                }
+            }
+            if w.faults > 0 {
+                moves.push(Move::DaemonDies);
+            }
+        } else {
+            moves.push(Move::DaemonStarts);
+        }
+        if w.faults > 0 && matches!(w.old, Old::Serving | Old::Frozen) {
+            moves.push(Move::OldDies);
+        }
+        if w.faults > 0 && matches!(w.new, New::Up | New::Active) {
+            moves.push(Move::NewDies);
+        }
+        let idle = w.daemon.as_ref().is_some_and(|m| m.phase() == Phase::Idle) && w.work.is_none();
+        if idle && w.serving() == 0 {
+            moves.push(Move::Recover);
+        }
+    }
+
+    fn next_state(&self, before: &World, step: Move) -> Option<World> {
+        let mut w = before.clone();
+        let fault = matches!(
+            step,
+            Move::Timeout | Move::Fail | Move::LoseRecord | Move::OldDies | Move::NewDies | Move::DaemonDies
+        );
+        w.faults -= u8::from(fault);
+        match step {
+            Move::Wish(event) => {
+                w.wishes -= 1;
+                w.feed(event);
+            }
+            Move::Timeout => w.feed(Event::Timeout),
+            Move::Write => {
+                if let Some(saved) = w.unwritten.take() {
+                    // A record that is there is never written over by an older thought.
+                    w.journal = saved;
+                }
+                if let Some(what) = w.next.take() {
+                    // What was under way may still have been done before this: on one connection, in order.
+                    w.work = Some(Work { what, done: false });
+                }
+            }
+            Move::Do => {
+                let what = w.work.as_ref()?.what.clone();
+                w.perform(&what);
+                w.work = Some(Work { what, done: true });
+            }
+            Move::Retire => w.retire(),
+            Move::Remove => w.new = New::None,
+            Move::Report => {
+                let what = w.work.take()?.what;
+                let answer = w.answer(&what);
+                w.answered(answer);
+            }
+            Move::Fail => w.answered(Event::Failed(String::new())),
+            Move::LoseRecord => w.answered(Event::RecordUnknown),
+            Move::OldDies => {
+                w.old = Old::Dead;
+                w.look();
+            }
+            Move::NewDies => {
+                w.new = New::Dead;
+                w.look();
+            }
+            Move::DaemonDies => {
+                (w.daemon, w.unwritten, w.next, w.work) = (None, None, None, None);
+            }
+            Move::DaemonStarts => {
+                let (m, actions) = Morph::resume(Limits::default(), w.journal.clone());
+                w.daemon = Some(m);
+                w.obey(actions);
+                w.look();
+            }
+            Move::Recover if w.decided => w.new = New::Active,
+            Move::Recover => w.old = Old::Serving,
+        }
+        Some(w)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("never two that serve", |_, w: &World| w.serving() <= 1),
+            Property::always("the record is final", |_, w: &World| {
+                !w.decided || !matches!(w.old, Old::Serving)
+            }),
+            Property::always("nobody takes over before it", |_, w: &World| w.decided || w.new != New::Active),
+            Property::always("it always goes on", |_, w: &World| {
+                let Some(m) = &w.daemon else { return true };
+                let resting = m.phase() == Phase::Idle || m.phase().waits();
+                resting || w.work.is_some() || w.next.is_some()
+            }),
+            Property::always("at rest the old one serves, or it was decided", |_, w: &World| {
+                let Some(m) = &w.daemon else { return true };
+                let rest = m.phase() == Phase::Idle && w.work.is_none() && w.next.is_none();
+                !rest || w.serving() == 1 || w.old == Old::Dead || matches!(w.new, New::Dead)
+            }),
+            Property::sometimes("a commit", |_, w: &World| w.new == New::Active),
+            Property::sometimes("a commit after the daemon died", |_, w: &World| {
+                w.new == New::Active && w.faults < 3
+            }),
+            Property::sometimes("a rollback of a frozen workload", |_, w: &World| {
+                w.old == Old::Frozen && w.daemon.as_ref().is_some_and(|m| m.phase() == Phase::RollingBack)
+            }),
+        ]
+    }
+}
+
+#[test]
+fn every_order_of_events() {
+    let checker = Rules.checker().threads(2).spawn_bfs().join();
+    checker.assert_properties();
+    assert!(checker.unique_state_count() > 1000, "{}", checker.unique_state_count());
+}

@@ -1,0 +1,140 @@
+//! What an instance's actor does for a morph: it owns the morph's actor, tells it what becomes of the instance, and
+//! steps aside while it is decided which kernel the instance is.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tracing::{error, warn};
+
+use super::{Answer, InstanceActorState, InstanceMsg, MorphArgs, MorphMsg, Timer, morph};
+use crate::core::morph as core;
+use crate::core::recovery::Phase;
+use crate::core::supervisor::Event as SupervisorEvent;
+use crate::store::{InstanceRecord, Role};
+
+/// Longest time an instance stands aside: then it asks the store who it is.
+const PARTED_LIMIT: Duration = Duration::from_secs(20);
+/// Wait before the store is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// Name of the morph's actor among the instance's.
+const MORPH: &str = "morph";
+
+impl InstanceActorState {
+    /// Have a morph's actor, and give it a message.
+    pub(super) async fn morph(&mut self, message: Option<MorphMsg>) {
+        if self.children.runs(MORPH) != Some(true) {
+            let args = MorphArgs { instance: self.args.instance.clone(), env: self.args.env.clone() };
+            let step = self.children.add(morph::child(args)).await;
+            if step.started.is_empty() {
+                // Who asked hears that nobody answers.
+                return error!(instance = %self.args.instance.name, "the actor of its morph did not start");
+            }
+        }
+        if let Some(message) = message {
+            self.args.instance.morph.send(message);
+        }
+    }
+
+    /// Forget the morph's actor when it has ended: the next morph has its own.
+    pub(super) async fn morph_ended(&mut self) {
+        if self.children.runs(MORPH) == Some(false) {
+            self.children.step(SupervisorEvent::Delete(MORPH.into())).await;
+        }
+    }
+
+    /// A morph has to know when one of its kernels is lost.
+    pub(super) fn tell_morph(&mut self) {
+        let Some(machine) = &self.machine else { return };
+        let lives = matches!(machine.phase(), Phase::Booting | Phase::AwaitingService | Phase::Monitoring);
+        if std::mem::replace(&mut self.lives, lives) == lives || lives {
+            return;
+        }
+        let state = self.view().state;
+        let (role, why, under_way) = {
+            let r = self.args.instance.record();
+            (r.role.clone(), format!("{state}: {}", r.reason), r.morph.is_some())
+        };
+        match role {
+            Role::Own if under_way => {
+                self.args.instance.morph.send(MorphMsg::Happened(core::Event::OldGone(why)));
+            }
+            Role::Side(of) => {
+                if let Some(instance) = self.args.env.directory.get(&of) {
+                    instance.morph.send(MorphMsg::Happened(core::Event::NewGone(why)));
+                }
+            }
+            Role::Own => {}
+        }
+    }
+
+    /// The old kernel of a morph that was committed has stopped: nobody needs this instance any more.
+    pub(super) fn side_stopped(&self) {
+        let Role::Side(of) = self.args.instance.record().role.clone() else { return };
+        let owner = self.args.env.directory.get(&of);
+        // Until it is decided the morph itself removes what it started.
+        let undecided = owner.is_some_and(|o| {
+            o.record().morph.as_ref().is_some_and(|m| m.saved.phase != core::Phase::Committing)
+        });
+        if !undecided {
+            tokio::spawn(morph::forget(self.args.env.clone(), self.args.instance.name.clone()));
+        }
+    }
+
+    pub(super) fn part(&mut self, reply: oneshot::Sender<Result<InstanceRecord, String>>) {
+        let phase = self.machine.as_ref().map(|m| m.phase());
+        if phase != Some(Phase::Monitoring) || self.asking.is_some() || !self.waiters.is_empty() {
+            let state = self.view().state;
+            // Who asked may have given up waiting.
+            drop(reply.send(Err(format!("{} is {state}", self.args.instance.name))));
+            return;
+        }
+        self.run(vec![], None);
+        self.parted = true;
+        self.unwatch();
+        self.machine = None;
+        self.arm(Timer::Parted, PARTED_LIMIT);
+        let record = Box::new(self.args.instance.record().clone());
+        self.answer(Answer::Parted(reply, record));
+    }
+
+    /// Go on as what is remembered says: as the same kernel, or as another.
+    pub(super) fn unite(&mut self) {
+        if !std::mem::take(&mut self.parted) {
+            return;
+        }
+        self.disarm(Timer::Parted);
+        self.first_notice = None;
+        self.agent_restarts = 0;
+        self.booted = None;
+        self.look_at_platform();
+    }
+
+    /// Nobody said how it was decided: the store knows.
+    pub(super) fn recall(&mut self) {
+        if self.parted {
+            warn!(instance = %self.args.instance.name, "nobody said which kernel it is: asking the journal");
+            let (env, link) = (self.args.env.clone(), self.args.instance.link.clone());
+            let (name, epoch) = (self.args.instance.name.clone(), self.epoch);
+            tokio::spawn(async move {
+                let found = morph::recall(&env, &name).await;
+                link.send(InstanceMsg::Recalled { epoch, found: Box::new(found) });
+            });
+        }
+    }
+
+    pub(super) fn recalled(&mut self, found: Result<InstanceRecord, String>) {
+        if !self.parted {
+            return;
+        }
+        match found {
+            Ok(record) => {
+                self.args.instance.become_record(record);
+                self.unite();
+            }
+            Err(error) => {
+                error!(instance = %self.args.instance.name, %error, "the journal does not say which kernel it is: asking again");
+                self.arm(Timer::Parted, ASK_AGAIN);
+            }
+        }
+    }
+}

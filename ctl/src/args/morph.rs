@@ -1,0 +1,80 @@
+//! The command that replaces a running kernel.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Morph {
+    #[command(subcommand)]
+    pub step: Option<MorphStep>,
+    #[command(flatten)]
+    pub whole: Option<Whole>,
+}
+
+/// A morph in one command.
+#[derive(Debug, clap::Args)]
+pub struct Whole {
+    /// Instance name
+    pub instance: String,
+    #[command(flatten)]
+    pub new: NewKernel,
+    /// Commit at once when the new kernel is valid; without it, stop there and wait for `morph commit`
+    #[arg(long)]
+    pub auto_commit: bool,
+    /// Only say whether it could begin, and what the new kernel would get
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct NewKernel {
+    /// The new kernel: a 64-bit bzImage
+    #[arg(long, value_name = "VMLINUZ")]
+    pub kernel: PathBuf,
+    /// Its command line, added to what the platform needs (default: that of the old kernel)
+    #[arg(long, value_name = "WORDS")]
+    pub kernel_cmdline: Option<String>,
+    /// Its initramfs (default: that of the old kernel)
+    #[arg(long, value_name = "FILE")]
+    pub initramfs: Option<PathBuf>,
+    /// Physical ids of the CPUs it gets (default: any that no instance has)
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub cpus: Vec<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MorphStep {
+    /// Start the new kernel beside the old one, which goes on serving
+    Prepare {
+        /// Instance name
+        instance: String,
+        #[command(flatten)]
+        new: NewKernel,
+        /// Only say whether it could begin, and what the new kernel would get
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Check that the new kernel is healthy and can take over
+    Validate {
+        /// Instance name
+        instance: String,
+    },
+    /// Have the new kernel take over and stop the old one; validates before
+    Commit {
+        /// Instance name
+        instance: String,
+    },
+    /// Stop the new kernel and go on with the old one
+    #[command(visible_alias = "cancel")]
+    Rollback {
+        /// Instance name
+        instance: String,
+    },
+    /// Show the morph that is under way
+    Status {
+        /// Instance name
+        instance: String,
+    },
+}
