@@ -85,10 +85,7 @@ impl Handler for Service {
 impl Service {
     /// Terminate every instance. One that cannot be keeps its daemon, which then goes on.
     async fn terminate_all(&self) -> Result<(), OpError> {
-        let running = self.tree.list().await.into_iter().filter(|i| !IDLE.contains(&i.state));
-        let names: Vec<String> = running.map(|i| i.name).collect();
-        let ends = futures::future::join_all(names.iter().map(|name| self.tree.terminate(name, false))).await;
-        ends.into_iter().find_map(Result::err).map_or(Ok(()), Err)
+        self.tree.terminate_all(false).await.into_iter().next().map_or(Ok(()), Err)
     }
 
     async fn status(&self) -> Result<DaemonView, OpError> {

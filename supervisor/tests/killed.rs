@@ -1,5 +1,6 @@
 //! The daemon is killed before and after everything that lasts: each journal write, start, fence and reclaim of a
-//! story in which an instance is started, crashes, is healed and is terminated. The next daemon puts all in order.
+//! story in which an instance is started, crashes, is healed and is terminated, and of a morph. The next daemon puts
+//! all in order.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,7 +20,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use common::{Home, LIMIT};
-use kmorph_control::{Client, InstanceState, InstanceView, OpError, Request, SpawnArgs};
+use kmorph_control::{
+    Client, InstanceState, InstanceView, MorphArgs, MorphGoal, MorphView, OpError, Request, SpawnArgs,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
@@ -204,6 +207,108 @@ async fn killed_at(n: u64) -> bool {
     daemon.stop(true).await;
     assert_eq!((home.stand_ins(), claims(&home)), (0, 0), "{when}");
     true
+}
+
+/// One morph with a daemon killed at boundary `n`, and its end. False: it has no such boundary.
+async fn killed_in_a_morph_at(n: u64) -> bool {
+    let home = Home::new("");
+    std::fs::copy(home.path("kernel-6.6"), home.path("kernel-6.12")).unwrap();
+    let daemon = home.start().await;
+    daemon.spawn("one").await;
+    daemon.spawn("two").await;
+    daemon.stop(false).await;
+    let (old, neighbour) = (home.pid(1), home.pid(2));
+    assert!(old.is_some() && neighbour.is_some());
+
+    let (mut child, answered) = start(&home, n).await;
+    let morph = Request::Morph(MorphArgs {
+        name: "one".into(),
+        kernel: Some(home.path("kernel-6.12").display().to_string()),
+        cmdline: None,
+        initramfs: None,
+        cpus: vec![],
+        goal: MorphGoal::Commit,
+        dry_run: false,
+    });
+    let mut told = None;
+    if answered && all_serve(&home).await.is_ok() {
+        told = Some(ask::<MorphView>(&home, &morph).await);
+        // The old kernel is stopped after the answer.
+        while one_alone(&home).await == Some(false) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+    if child.try_wait().unwrap().is_none() && matches!(told, Some(Ok(_))) {
+        kill(Pid::from_raw(child.id().unwrap() as i32), Signal::SIGTERM).unwrap();
+    }
+    let ended = timeout(LIMIT, child.wait()).await.unwrap().unwrap();
+    let boundaries = std::fs::read_to_string(home.path("boundaries")).unwrap_or_default();
+    let last = boundaries.lines().last().unwrap_or("").to_owned();
+    let when = format!("killed at {last}, told {told:?}");
+    if ended.success() {
+        assert!((boundaries.lines().count() as u64) < n, "{when}");
+        return false;
+    }
+    assert_eq!(ended.signal(), Some(9), "{when}");
+
+    let daemon = home.start().await;
+    let settled = |v: &InstanceView| v.state == InstanceState::Healthy && v.morph.is_none();
+    let one = daemon.until("one", settled).await;
+    let decided = boundaries.contains("after decide");
+    if decided || !last.contains("decide") {
+        // Between the write and its end both are possible.
+        assert_eq!(one.id == 511, decided, "{when}: {one:?}");
+    }
+    assert_eq!(one.release, if one.id == 511 { "kernel-6.12" } else { "kernel-6.6" }, "{when}: {one:?}");
+    if one.id == 1 {
+        assert_eq!((one.incarnation, home.pid(1)), (1, old), "{when}: the old kernel was disturbed");
+    }
+    let limit = Instant::now() + LIMIT;
+    while one_alone(&home).await != Some(true) {
+        assert!(Instant::now() < limit, "{when}: a side is left: {}", home.log());
+        sleep(Duration::from_millis(5)).await;
+    }
+    let two = daemon.until("two", |v| v.state == InstanceState::Healthy).await;
+    assert_eq!((two.incarnation, home.pid(2)), (1, neighbour), "{when}: the neighbour");
+    exact(&home, &daemon, 2, &when).await;
+    // And again: nothing is in the way.
+    let again: MorphView = ask(&home, &morph).await.unwrap();
+    assert_eq!(again.committed, Some(true), "{when}");
+    daemon.stop(true).await;
+    assert_eq!((home.stand_ins(), claims(&home)), (0, 0), "{when}");
+    true
+}
+
+async fn all_serve(home: &Home) -> Result<(), OpError> {
+    loop {
+        let all: Vec<InstanceView> = ask(home, &Request::List).await?;
+        if all.iter().filter(|i| i.state == InstanceState::Healthy).count() == 2 {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Whether no side of a morph is there; `None` when no daemon answers.
+async fn one_alone(home: &Home) -> Option<bool> {
+    let all: Vec<InstanceView> = ask(home, &Request::List).await.ok()?;
+    Some(all.iter().all(|i| i.side_of.is_none()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_every_boundary_of_a_morph_one_kernel_serves_and_nothing_is_left() {
+    let (mut first, mut kills) = (1, 0);
+    while first < MOST {
+        let all = futures::future::join_all((first..first + TOGETHER).map(killed_in_a_morph_at)).await;
+        kills += all.iter().filter(|killed| **killed).count();
+        if !all.iter().all(|killed| *killed) {
+            eprintln!("{kills} kills");
+            assert!(kills >= 20, "only {kills} boundaries were reached");
+            return;
+        }
+        first += TOGETHER;
+    }
+    panic!("the morph has no end");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

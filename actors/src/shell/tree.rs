@@ -299,12 +299,21 @@ impl Tree {
         }
     }
 
-    /// Stop every instance, then end the tree. Returns what could not be stopped.
-    pub async fn drain(&self, force: bool) -> Vec<OpError> {
+    /// Stop every instance. Returns what could not be stopped.
+    pub async fn terminate_all(&self, force: bool) -> Vec<OpError> {
         let running: Vec<Arc<Instance>> =
             self.directory.all().into_iter().filter(|i| i.record().saved.phase != Phase::Stopped).collect();
-        let ends = running.iter().map(|i| self.terminate(&i.name, force));
-        let errors = futures::future::join_all(ends).await.into_iter().filter_map(Result::err).collect();
+        let ends = running.iter().map(|i| async {
+            let ended = self.terminate(&i.name, force).await;
+            // One side of a morph may have ended and been forgotten by itself.
+            if self.directory.get(&i.name).is_none() { Ok(()) } else { ended.map(|_| ()) }
+        });
+        futures::future::join_all(ends).await.into_iter().filter_map(Result::err).collect()
+    }
+
+    /// Stop every instance, then end the tree. Returns what could not be stopped.
+    pub async fn drain(&self, force: bool) -> Vec<OpError> {
+        let errors = self.terminate_all(force).await;
         self.shutdown().await;
         errors
     }

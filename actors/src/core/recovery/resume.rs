@@ -100,7 +100,11 @@ impl Recovery {
 
             (Phase::DetectingFailure | Phase::PartialFence, _) | (Phase::Degraded, Found::Stopped) => {}
             (Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources, _) => {
-                m.prepare("the supervisor was restarted: stopping its CPUs again", &mut out);
+                let why = match m.goal {
+                    Goal::Stop => "it is to be stopped: stopping its CPUs",
+                    _ => "the supervisor was restarted: stopping its CPUs again",
+                };
+                m.prepare(why, &mut out);
             }
 
             (Phase::Monitoring, Found::Running) => out.push(Action::Watch { adopted: true }),

@@ -549,6 +549,9 @@ impl InstanceActorState {
         self.machine = Some(machine);
         self.carry_out(actions);
         self.stand(true);
+        if self.machine.as_ref().is_some_and(|m| m.phase() == Phase::Stopped) {
+            self.side_stopped();
+        }
         for wish in std::mem::take(&mut self.deferred) {
             self.message(wish);
         }

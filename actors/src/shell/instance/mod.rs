@@ -33,6 +33,7 @@ use super::supervisor::SupervisorMsg;
 use super::transport::{Connections, TransportMsg};
 use crate::config::{Definitions, Settings, TreeConfig};
 use crate::core::health::{self, Health};
+use crate::core::morph as core_morph;
 use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::{Recovery, Standing};
 use crate::core::supervisor::{ChildSpec, Down, Event as SupervisorEvent, Flags, Strategy};
@@ -467,6 +468,8 @@ impl Actor for InstanceActor {
             state.health.step(Duration::ZERO, health::Event::Maintenance(true));
         }
         state.look_at_platform();
+        // Nothing is left to do for one that has ended.
+        state.args.instance.record().morph.take_if(|m| m.saved.phase == core_morph::Phase::Idle);
         if state.args.instance.record().morph.is_some() {
             // A daemon before began it, or its actor was started anew with this one.
             Box::pin(state.morph(None)).await;

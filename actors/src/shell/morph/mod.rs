@@ -126,21 +126,14 @@ impl MorphState {
     async fn journal(&mut self, phase: &'static str, detail: &str, committed: Option<bool>) {
         let i = &self.args.instance;
         info!(instance = %i.name, phase, "{detail}");
-        let number = {
-            let mut r = i.record();
-            // The machine's own memory of it begins when its work has numbered it.
-            if let Some(m) = &mut r.morph {
-                m.saved = self.machine.saved();
-            }
-            r.morph.as_ref().map(|m| m.number)
-        };
+        // Its memory begins when its work has numbered it.
+        let number = i.record().morph.as_ref().map(|m| m.number);
         let at_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.steps.push(MorphStep { state: phase.into(), at_ms, detail: detail.into() });
         let mut draft = Draft::new(EventKind::Morph, detail).transition(None, phase);
         draft.incident = number;
         self.say(draft);
         let Some(number) = number else { return };
-        work::persist(i).await;
         let step = RecoveryStep {
             incident: number,
             instance: i.name.clone(),
@@ -157,6 +150,13 @@ impl MorphState {
             // Its history is less than the morph itself.
             Ok(Err(error)) => error!(instance = %i.name, %error, "store: a step of the morph is missing"),
             Err(_) => error!(instance = %i.name, "store: took too long for a step of the morph"),
+        }
+        // After the step: a daemon killed in between takes it again. After the last one the morph is forgotten instead.
+        if committed.is_none() {
+            if let Some(m) = &mut i.record().morph {
+                m.saved = self.machine.saved();
+            }
+            work::persist(i).await;
         }
     }
 

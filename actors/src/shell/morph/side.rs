@@ -2,12 +2,13 @@
 //! the old one after that.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kmorph_control::error::OpError;
 use kmorph_control::views::InstanceView;
 use kmorph_platform::InstanceSpec;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::resources::{self, Taken};
@@ -17,6 +18,9 @@ use crate::shell::instance::{Env, Instance, InstanceMsg, Plan};
 use crate::shell::supervisor::SupervisorMsg;
 use crate::shell::tree::admit;
 use crate::store::{InstanceRecord, Role};
+
+/// Wait before an actor that is being started is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The name of the other side. No definition can have it.
 pub(super) fn name(of: &str) -> String {
@@ -79,13 +83,19 @@ pub(super) fn policy(env: &Env, of: &InstanceRecord) -> (Patch, crate::core::pol
 /// Stop the other side and forget it.
 pub(super) async fn remove(env: &Arc<Env>, side: &str) -> Result<(), String> {
     let Some(instance) = env.directory.get(side) else { return Ok(()) };
-    let (reply, answer) = oneshot::channel();
-    instance.link.send(InstanceMsg::Terminate { force: true, reply });
-    match ended(answer).await {
-        Ok(_) => {}
-        // It never came up, and owns nothing.
-        Err(_) if !owns(&instance) => {}
-        Err(why) => return Err(why),
+    let limit = Instant::now() + env.config.effect_limit * 4;
+    loop {
+        let (reply, answer) = oneshot::channel();
+        instance.link.send(InstanceMsg::Terminate { force: true, reply });
+        match answer.await {
+            Ok(Ok(_)) => break,
+            // It never came up, and owns nothing.
+            Ok(Err(_)) if !owns(&instance) => break,
+            Ok(Err(error)) => return Err(error.message),
+            // Its actor is being started.
+            Err(_) if Instant::now() < limit => sleep(ASK_AGAIN).await,
+            Err(_) => return Err("its actor does not answer".into()),
+        }
     }
     forget(env.clone(), side.to_owned()).await;
     Ok(())
@@ -105,9 +115,18 @@ async fn ended(answer: oneshot::Receiver<Result<InstanceView, OpError>>) -> Resu
 
 /// An instance that has stopped and that nobody needs any more.
 pub(crate) async fn forget(env: Arc<Env>, name: String) {
-    let (done, removed) = oneshot::channel();
-    env.instances.send(SupervisorMsg::Remove(name.clone(), done));
     let limit = env.config.shutdown_limit * 3;
+    let removed = async {
+        loop {
+            let (done, removed) = oneshot::channel();
+            env.instances.send(SupervisorMsg::Remove(name.clone(), done));
+            match removed.await {
+                Ok(()) => return,
+                // Their supervisor is being started.
+                Err(_) => sleep(ASK_AGAIN).await,
+            }
+        }
+    };
     if timeout(limit, removed).await.is_err() {
         warn!(instance = %name, ?limit, "its actor did not end in time");
     }
