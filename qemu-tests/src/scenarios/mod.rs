@@ -5,6 +5,7 @@ mod bench;
 mod boot_failures;
 mod documentation;
 mod high_memory;
+mod morph;
 mod offlined;
 mod readopt;
 mod rounds;
@@ -55,6 +56,7 @@ pub const ALL: &[&Scenario] = &[
     &boot_failures::SCENARIO,
     &bad_input::SCENARIO,
     &readopt::SCENARIO,
+    &morph::SCENARIO,
     &supervision::SCENARIO,
     &supervision::KILLED,
     &rounds::SCENARIO,

@@ -1,9 +1,10 @@
 //! What the other side of a morph runs on: a number, CPUs that no instance has and none is defined with, and memory
 //! from the pool.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-use kmorph_platform::{CpuState, InstanceId, InstanceSpec, Inventory};
+use kmorph_platform::{CpuInfo, CpuState, InstanceId, InstanceSpec, Inventory};
 
 /// The highest number; the other sides of morphs are numbered from there downwards, where definitions are rare.
 const HIGHEST: u16 = 511;
@@ -25,12 +26,11 @@ pub(super) fn side(
 ) -> Result<InstanceSpec, String> {
     let id = (1..=HIGHEST).rev().find(|id| !taken.ids.contains(id));
     let id = InstanceId(id.ok_or("every number is in use")?);
-    let free: Vec<u32> = inventory
-        .cpus
-        .iter()
-        .filter(|c| !c.boot && c.state != CpuState::Lent && !taken.cpus.contains(&c.apic_id))
-        .map(|c| c.apic_id)
-        .collect();
+    let free = |c: &&CpuInfo| !c.boot && c.state != CpuState::Lent && !taken.cpus.contains(&c.apic_id);
+    let mut free: Vec<&CpuInfo> = inventory.cpus.iter().filter(free).collect();
+    // Those that nobody uses; then the primary's, its first ones last.
+    free.sort_by_key(|c| (c.state == CpuState::Online, Reverse(c.apic_id)));
+    let free: Vec<u32> = free.iter().map(|c| c.apic_id).collect();
     let cpus = if wanted.is_empty() {
         let count = of.cpus.len();
         if free.len() < count {
@@ -63,7 +63,7 @@ pub(super) fn side(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kmorph_platform::{CpuInfo, MemoryRange};
+    use kmorph_platform::MemoryRange;
 
     fn machine() -> Inventory {
         let cpu = |apic_id| CpuInfo {
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn it_is_as_large_and_takes_what_nobody_has() {
         let got = pick(&web(), &[]).unwrap();
-        assert_eq!((got.id, got.cpus, got.memory_base), (InstanceId(510), vec![4], None));
+        assert_eq!((got.id, got.cpus, got.memory_base), (InstanceId(510), vec![5], None));
         assert_eq!(pick(&web(), &[5]).unwrap().cpus, [5]);
         assert_eq!(pick(&web(), &[5, 4]).unwrap().cpus, [5, 4]);
     }
@@ -107,11 +107,11 @@ mod tests {
     fn what_is_missing_is_said() {
         for (of, wanted, want) in [
             (
-                InstanceSpec { cpus: vec![2, 3, 6], ..web() },
+                InstanceSpec { cpus: vec![2, 3, 6, 7], ..web() },
                 &[][..],
-                "needs 3 CPUs that no instance has, there are 2: [4, 5]",
+                "needs 4 CPUs that no instance has, there are 3: [5, 4, 1]",
             ),
-            (web(), &[3], "CPU 3 is not free; free are [4, 5]"),
+            (web(), &[3], "CPU 3 is not free; free are [5, 4, 1]"),
             (web(), &[0], "CPU 0 is not free"),
             (web(), &[4, 4], "named twice"),
             (

@@ -40,7 +40,10 @@ pub(crate) async fn plan(env: &Env, instance: &Instance, wanted: &Wanted) -> Res
     let mut taken = Taken::default();
     for spec in defined.into_iter().chain(env.directory.all().iter().map(|i| i.record().spec.clone())) {
         taken.ids.insert(spec.id.0);
-        taken.cpus.extend(spec.cpus);
+        // What it is itself defined with it may get, when it does not have it.
+        if spec.name != of.name {
+            taken.cpus.extend(spec.cpus);
+        }
     }
     resources::side(side, &of, &wanted.cpus, &inventory, &taken)
 }
