@@ -339,6 +339,26 @@ mod tests {
         assert_eq!(spawn(&["--monitor=false"]), Some(false));
     }
 
+    #[test]
+    fn a_morph_is_one_command_or_steps() {
+        let morph = |words: &[&str]| match parse(&[&["morph"], words].concat()).map(|a| a.command) {
+            Ok(Command::Morph(m)) => Some((m.instance, m.auto_commit, m.step.is_some())),
+            _ => None,
+        };
+        let web = Some("web".to_owned());
+        assert_eq!(morph(&["web", "--kernel=/k"]), Some((web.clone(), false, false)));
+        assert_eq!(morph(&["web", "--kernel=/k", "--auto-commit"]), Some((web, true, false)));
+        for step in ["validate", "commit", "rollback", "cancel", "status"] {
+            assert_eq!(morph(&[step, "web"]), Some((None, false, true)), "{step}");
+        }
+        assert_eq!(morph(&["prepare", "web", "--kernel=/k", "--cpus=3,4"]), Some((None, false, true)));
+        for wrong in
+            [&[][..], &["web"], &["prepare", "web"], &["commit"], &["web", "--kernel=/k", "commit", "x"]]
+        {
+            assert_eq!(morph(wrong), None, "{wrong:?}");
+        }
+    }
+
     fn parse(words: &[&str]) -> Result<Args, clap::Error> {
         Args::try_parse_from([&["kmorphctl"], words].concat())
     }

@@ -2,21 +2,20 @@
 
 use std::path::Path;
 
-use kmorph_control::{Client, MorphArgs, MorphGoal, MorphView, OpError, Request};
+use kmorph_control::{Client, ErrorKind, MorphArgs, MorphGoal, MorphView, OpError, Request};
 
 use crate::args::{Morph, MorphStep, NewKernel};
 use crate::commands::file;
 use crate::output::{Output, morph as show};
 
 pub async fn run(command: &Morph, socket: &Path, out: &Output) -> Result<(), OpError> {
-    let request = match (&command.step, &command.whole) {
-        (Some(step), _) => request(step)?,
-        (None, Some(whole)) => {
-            let goal = if whole.auto_commit { MorphGoal::Commit } else { MorphGoal::Validate };
-            Request::Morph(begin(&whole.instance, &whole.new, goal, whole.dry_run)?)
+    let request = match (&command.step, &command.instance, &command.kernel) {
+        (Some(step), ..) => request(step)?,
+        (None, Some(instance), Some(kernel)) => {
+            let goal = if command.auto_commit { MorphGoal::Commit } else { MorphGoal::Validate };
+            Request::Morph(begin(instance, kernel, &command.new, goal, command.dry_run)?)
         }
-        // clap asks for an instance or a step.
-        (None, None) => return Ok(()),
+        (None, ..) => return Err(OpError::new(ErrorKind::Usage, "morph: name an instance and a kernel")),
     };
     let dry_run = matches!(&request, Request::Morph(MorphArgs { dry_run: true, .. }));
     let view: MorphView = Client::connect(socket).await?.call(&request).await?;
@@ -36,8 +35,8 @@ fn request(step: &MorphStep) -> Result<Request, OpError> {
         })
     };
     Ok(match step {
-        MorphStep::Prepare { instance, new, dry_run } => {
-            Request::Morph(begin(instance, new, MorphGoal::Prepare, *dry_run)?)
+        MorphStep::Prepare { instance, kernel, new, dry_run } => {
+            Request::Morph(begin(instance, kernel, new, MorphGoal::Prepare, *dry_run)?)
         }
         MorphStep::Validate { instance } => go(instance, MorphGoal::Validate),
         MorphStep::Commit { instance } => go(instance, MorphGoal::Commit),
@@ -46,10 +45,16 @@ fn request(step: &MorphStep) -> Result<Request, OpError> {
     })
 }
 
-fn begin(name: &str, new: &NewKernel, goal: MorphGoal, dry_run: bool) -> Result<MorphArgs, OpError> {
+fn begin(
+    name: &str,
+    kernel: &Path,
+    new: &NewKernel,
+    goal: MorphGoal,
+    dry_run: bool,
+) -> Result<MorphArgs, OpError> {
     Ok(MorphArgs {
         name: name.to_owned(),
-        kernel: Some(file("kernel", &new.kernel)?),
+        kernel: Some(file("kernel", kernel)?),
         cmdline: new.kernel_cmdline.clone(),
         initramfs: new.initramfs.as_deref().map(|p| file("initramfs", p)).transpose()?,
         cpus: new.cpus.clone(),

@@ -9,15 +9,12 @@ use clap::Subcommand;
 pub struct Morph {
     #[command(subcommand)]
     pub step: Option<MorphStep>,
-    #[command(flatten)]
-    pub whole: Option<Whole>,
-}
-
-/// A morph in one command.
-#[derive(Debug, clap::Args)]
-pub struct Whole {
     /// Instance name
-    pub instance: String,
+    #[arg(required = true)]
+    pub instance: Option<String>,
+    /// The new kernel: a 64-bit bzImage
+    #[arg(long, value_name = "VMLINUZ", required = true)]
+    pub kernel: Option<PathBuf>,
     #[command(flatten)]
     pub new: NewKernel,
     /// Commit at once when the new kernel is valid; without it, stop there and wait for `morph commit`
@@ -30,9 +27,6 @@ pub struct Whole {
 
 #[derive(Debug, clap::Args)]
 pub struct NewKernel {
-    /// The new kernel: a 64-bit bzImage
-    #[arg(long, value_name = "VMLINUZ")]
-    pub kernel: PathBuf,
     /// Its command line, added to what the platform needs (default: that of the old kernel)
     #[arg(long, value_name = "WORDS")]
     pub kernel_cmdline: Option<String>,
@@ -50,6 +44,9 @@ pub enum MorphStep {
     Prepare {
         /// Instance name
         instance: String,
+        /// The new kernel: a 64-bit bzImage
+        #[arg(long, value_name = "VMLINUZ")]
+        kernel: PathBuf,
         #[command(flatten)]
         new: NewKernel,
         /// Only say whether it could begin, and what the new kernel would get

@@ -285,13 +285,27 @@ async fn activate(args: &MorphArgs) -> Worked {
             // An actor that stands aside shows what it showed before.
             let there = view.pulse_age_ms.is_some() && view.last_heartbeat_ms.is_some();
             if view.state == InstanceState::Healthy && there {
-                return Ok((Event::Activated, format!("kernel {} serves", view.release)));
+                let old = old_stopped(args).await;
+                return Ok((Event::Activated, format!("kernel {} serves; {old}", view.release)));
             }
             seen = format!("it is {}: {}", view.state, view.reason);
         }
         sleep(LOOK_AGAIN).await;
     }
     Err(format!("not seen to serve within {SERVES_LIMIT:?}: {seen}"))
+}
+
+/// Wait for the end of the old kernel, so that its CPUs and memory are there when an operator is answered.
+async fn old_stopped(args: &MorphArgs) -> String {
+    let Some(m) = args.instance.record().morph.clone() else { return String::new() };
+    let until = Instant::now() + args.env.config.effect_limit;
+    while args.env.directory.get(&m.side).is_some() {
+        if Instant::now() >= until {
+            return format!("the old one is still being stopped: kmorphctl status {}", m.side);
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+    "the old one is stopped, its CPUs and memory are back".into()
 }
 
 async fn undo(args: &MorphArgs) -> Worked {
