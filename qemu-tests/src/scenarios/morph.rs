@@ -79,8 +79,7 @@ fn guest(g: &Guest) -> Result<()> {
     for round in 0..ROUNDS {
         let (to, release) = if round % 2 == 0 { ("6.1", "6.1.") } else { ("6.12", "6.12.") };
         let kernel = format!("--kernel=/boot/vmlinuz-{to}");
-        let out =
-            g.command("/bin/kmorphctl", &["morph", "web", &kernel, "--auto-commit", "--output", "json"])?;
+        let out = g.ctl(&["morph", "web", &kernel, "--auto-commit", "--output", "json"])?;
         let view: MorphView = serde_json::from_str(&out).context("the answer of morph")?;
         g.check(view.committed == Some(true), || format!("round {round}: {view:?}"))?;
         runs(g, release, 4 + u64::from(round), free)?;
