@@ -297,6 +297,8 @@ async fn one_alone(home: &Home) -> Option<bool> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_every_boundary_of_a_morph_one_kernel_serves_and_nothing_is_left() {
+    // Built before anything that has a limit is under way.
+    program();
     let (mut first, mut kills) = (1, 0);
     while first < MOST {
         let all = futures::future::join_all((first..first + TOGETHER).map(killed_in_a_morph_at)).await;
@@ -313,6 +315,8 @@ async fn at_every_boundary_of_a_morph_one_kernel_serves_and_nothing_is_left() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_every_boundary_the_next_daemon_puts_all_in_order() {
+    // Built before anything that has a limit is under way.
+    program();
     let (mut first, mut kills) = (1, 0);
     while first < MOST {
         let all = futures::future::join_all((first..first + TOGETHER).map(killed_at)).await;
