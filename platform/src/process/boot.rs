@@ -118,7 +118,12 @@ fn start(
     // Known before it runs: its first notice is not that of a stranger.
     inner.state().live.insert(id, live);
     let pidfd = spawn(inner, r, region, release, &dir, &console, &lock)?;
-    adopt(inner, r.spec.id, r.incarnation, pidfd)
+    adopt(inner, r.spec.id, r.incarnation, pidfd).inspect_err(|_| {
+        // A daemon that ends cannot watch it any more; without its claim nobody would know it.
+        if let Err(error) = find::end(&dir) {
+            tracing::error!(instance = %id, %error, "a stand-in that cannot be watched could not be ended");
+        }
+    })
 }
 
 /// Take a running stand-in's first process under watch.

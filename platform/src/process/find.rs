@@ -38,6 +38,11 @@ fn holds(pid: u32, lock: (u64, u64)) -> bool {
         .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|m| (m.dev(), m.ino()) == lock))
 }
 
+fn is_mine(pid: u32) -> bool {
+    let owner = std::fs::metadata(format!("/proc/{pid}")).map(|m| m.uid());
+    owner.is_ok_and(|uid| uid == nix::unistd::geteuid().as_raw())
+}
+
 fn lock_identity(dir: &Path) -> Option<(u64, u64)> {
     std::fs::symlink_metadata(dir.join(names::LOCK)).ok().map(|m| (m.dev(), m.ino()))
 }
@@ -50,9 +55,12 @@ pub fn verified(pid: u32, ticks: Option<u64>, dir: &Path) -> Option<OwnedFd> {
     // First the handle, then the questions: their answers are then about the process it means, or about one
     // that was given the number later, which cannot have an equal start time, command line and lock.
     let fd = sys::pidfd_open(pid).ok()?;
-    let lock = lock_identity(dir)?;
-    let same =
-        ticks.is_none_or(|t| stat(pid, START_TICKS) == Some(t)) && is_stand_in(pid, dir) && holds(pid, lock);
+    // A folder that was half removed has no lock any more; then its own user's processes are believed.
+    let ours = |pid| match lock_identity(dir) {
+        Some(lock) => holds(pid, lock),
+        None => is_mine(pid),
+    };
+    let same = ticks.is_none_or(|t| stat(pid, START_TICKS) == Some(t)) && is_stand_in(pid, dir) && ours(pid);
     same.then_some(fd)
 }
 
@@ -71,6 +79,24 @@ pub fn all(dir: &Path) -> Vec<(u32, OwnedFd)> {
 /// The first process of the stand-in of this folder: it leads their session.
 pub fn leader(dir: &Path) -> Option<OwnedFd> {
     all(dir).into_iter().find(|(pid, _)| stat(*pid, SESSION) == Some(u64::from(*pid))).map(|(_, fd)| fd)
+}
+
+/// How often processes that are being killed are looked at again, and the wait between.
+const LOOKS: u32 = 100;
+const PAUSE_MS: u16 = 10;
+
+/// Kill every process of the stand-in of this folder and see them gone. Blocks, for a second at most.
+pub fn end(dir: &Path) -> std::io::Result<()> {
+    for _ in 0..LOOKS {
+        if all_gone(dir)? {
+            return Ok(());
+        }
+        for (_, fd) in all(dir) {
+            sys::pidfd_kill(&fd)?;
+        }
+        let _ = nix::poll::poll(&mut [], PAUSE_MS);
+    }
+    Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "its lock is still held"))
 }
 
 /// Whether no process of the stand-in is left: none holds its lock.
@@ -100,6 +126,23 @@ mod tests {
         assert_eq!(parse_stat("12 (x) S 1", START_TICKS), None);
         assert_eq!(parse_stat("", START_TICKS), None);
         assert!(stat(std::process::id(), START_TICKS).unwrap() > 0);
+    }
+
+    #[test]
+    fn one_whose_folder_was_half_removed_is_ended() {
+        let (dir, scripts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(scripts.path().join("stand-in"), "read forever").unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["stand-in", "--dir", dir.path().to_str().unwrap()])
+            .current_dir(scripts.path())
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert!(!all_gone(dir.path()).unwrap());
+        assert_eq!(all(dir.path()).len(), 1);
+        end(dir.path()).unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(all_gone(dir.path()).unwrap());
     }
 
     #[test]
