@@ -118,6 +118,8 @@ fn start(
     // Known before it runs: its first notice is not that of a stranger.
     inner.state().live.insert(id, live);
     let pidfd = spawn(inner, r, region, release, &dir, &console, &lock)?;
+    // From here on it is the stand-in's alone.
+    drop(lock);
     adopt(inner, r.spec.id, r.incarnation, pidfd).inspect_err(|_| {
         // A daemon that ends cannot watch it any more; without its claim nobody would know it.
         if let Err(error) = find::end(&dir) {
