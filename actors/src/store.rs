@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use kmorph_control::Publish;
 use kmorph_control::views::{RecoveryLogArgs, RecoveryStep};
 use kmorph_platform::{InstanceSpec, MemoryRange};
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,9 @@ pub struct InstanceRecord {
     /// The morph that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub morph: Option<MorphRecord>,
+    /// Services of it that are offered on the primary kernel.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
 }
 
 /// What an instance is there for.
@@ -107,6 +111,7 @@ impl InstanceRecord {
             saved: Saved::default(),
             role: Role::Own,
             morph: None,
+            publish: vec![],
         }
     }
 }

@@ -4,10 +4,12 @@
 //! [`Reply::Item`]s and ends with one [`Reply::Done`] or [`Reply::Error`].
 
 pub mod error;
+mod publish;
 pub mod views;
 mod wire;
 
 pub use error::{ErrorKind, OpError};
+pub use publish::{Listen, Publish, PublishError};
 pub use views::*;
 pub use wire::{
     Client, ClientError, Hello, MAX_FRAME, Next, PROTOCOL_VERSION, Reply, Request, codec, decode, encode,

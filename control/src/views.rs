@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::publish::Publish;
+
 /// How an instance does, as an operator sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -61,6 +63,28 @@ pub struct SpawnArgs {
     pub boot_timeout_s: Option<f64>,
     /// Return when the instance is healthy (else when it was started).
     pub wait: bool,
+    /// Services of it that the primary kernel offers.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
+}
+
+/// A published service and its connections, since the instance was started or the daemon was.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PublishView {
+    /// `<listen>=vsock:<port>`.
+    pub publish: String,
+    /// Whether clients can connect.
+    pub listening: bool,
+    /// Connections that are joined to the instance now.
+    pub open: u64,
+    /// Connections that wait for it now.
+    pub waiting: u64,
+    /// Connections of clients so far.
+    pub accepted: u64,
+    /// Connections so far that no kernel took, or that were reset.
+    pub failed: u64,
+    /// Longest wait of a connection until a kernel took it, microseconds.
+    pub longest_wait_us: u64,
 }
 
 /// An instance, in full.
@@ -116,6 +140,9 @@ pub struct InstanceView {
     /// It is one side of a morph of this instance.
     #[serde(default)]
     pub side_of: Option<String>,
+    /// Its published services.
+    #[serde(default)]
+    pub publish: Vec<PublishView>,
 }
 
 /// How far a morph goes without asking.

@@ -382,6 +382,7 @@ mod tests {
             heartbeat_timeout_s: Some(1.0),
             boot_timeout_s: None,
             wait: true,
+            publish: vec![],
         });
         let morph = |dry_run| MorphArgs {
             name: "x".into(),

@@ -278,6 +278,14 @@ pub struct Spawn {
     /// Return as soon as the kernel was started
     #[arg(long)]
     pub no_wait: bool,
+    /// Offer a service of the instance on the primary kernel: tcp:[ADDRESS:]PORT=vsock:PORT or unix:/PATH=vsock:PORT.
+    /// May be given several times
+    ///
+    /// Clients connect to the primary and are joined to the kernel that is the instance at that moment. While it is
+    /// being restarted they wait; when a morph replaces it, new connections go to the new kernel, and those there are
+    /// go on with the old one until they end. Without an address the port is open on all IPv4 addresses.
+    #[arg(long, value_name = "LISTEN=vsock:PORT")]
+    pub publish: Vec<kmorph_control::Publish>,
 }
 
 /// What `health` can show.

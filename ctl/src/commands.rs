@@ -37,6 +37,7 @@ fn spawn_args(s: &Spawn) -> Result<SpawnArgs, OpError> {
         heartbeat_timeout_s: s.heartbeat_timeout,
         boot_timeout_s: s.boot_timeout,
         wait: !s.no_wait,
+        publish: s.publish.clone(),
     })
 }
 

@@ -8,7 +8,7 @@ use std::io::Write;
 use comfy_table::{Table, presets};
 use kmorph_control::{
     ConsoleLine, DaemonView, ErrorKind, HealthView, HeartbeatView, InstanceView, OpError, PingView,
-    RecoveryStep,
+    PublishView, RecoveryStep,
 };
 use serde::Serialize;
 
@@ -211,6 +211,9 @@ pub fn instance(i: &InstanceView) -> String {
         ("Pulse seen:", i.pulse_age_ms.map_or_else(|| "-".into(), |v| format!("{} ago", ms(Some(v))))),
         ("Up:", i.uptime_s.map_or_else(|| "-".into(), |s| format!("{s:.1} s"))),
     ];
+    for p in &i.publish {
+        rows.push(("Published:", published(p)));
+    }
     if let Some(state) = &i.morph {
         rows.push(("Morph:", format!("{state}; kmorphctl morph status {}", i.name)));
     }
@@ -222,6 +225,21 @@ pub fn instance(i: &InstanceView) -> String {
     }
     rows.retain(|(name, value)| *name != "What to do:" || !value.is_empty());
     pairs(rows)
+}
+
+fn published(p: &PublishView) -> String {
+    if !p.listening {
+        return format!("{}, not listening", p.publish);
+    }
+    format!(
+        "{}, {} open, {} waiting, {} in all, {} failed, longest wait {}",
+        p.publish,
+        p.open,
+        p.waiting,
+        p.accepted,
+        p.failed,
+        ms(Some(p.longest_wait_us.div_ceil(1000)))
+    )
 }
 
 fn auto_heal(i: &InstanceView) -> &'static str {
@@ -380,6 +398,7 @@ mod tests {
             incident: None,
             morph: None,
             side_of: None,
+            publish: vec![],
         };
         let text = instances(std::slice::from_ref(&plain), false);
         assert!(text.contains("RUNNING") && !text.contains("maintenance"), "{text}");

@@ -78,6 +78,7 @@ fn spawn(home: &Home) -> Request {
         heartbeat_timeout_s: None,
         boot_timeout_s: None,
         wait: true,
+        publish: vec![],
     })
 }
 

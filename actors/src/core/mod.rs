@@ -6,4 +6,5 @@ pub mod measure;
 pub mod morph;
 pub mod policy;
 pub mod recovery;
+pub mod route;
 pub mod supervisor;

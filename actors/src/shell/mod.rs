@@ -16,6 +16,7 @@ mod morphs;
 mod policies;
 pub mod service;
 mod supervisor;
+mod switch;
 #[cfg(test)]
 mod tests;
 mod transport;

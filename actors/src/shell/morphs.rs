@@ -72,7 +72,9 @@ impl Tree {
 
     fn morph_limit(&self, instance: &Instance) -> Duration {
         let policy = instance.record().policy;
-        (policy.morph_timeout + policy.boot_grace) * PHASES + self.env.config.effect_limit * 4
+        (policy.morph_timeout + policy.boot_grace) * PHASES
+            + policy.drain_timeout
+            + self.env.config.effect_limit * 4
     }
 
     async fn morph_ask(

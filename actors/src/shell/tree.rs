@@ -25,6 +25,7 @@ use super::link::Link;
 use super::log::EventLog;
 use super::service::Service;
 use super::supervisor::{SupervisorActor, SupervisorArgs, SupervisorMsg, supervisor_child};
+use super::switch::Switch;
 use super::transport::{self, Connections, TransportArgs};
 use super::view;
 use crate::config::{Definitions, StartError, TreeConfig};
@@ -97,6 +98,7 @@ impl Tree {
             definitions: definitions.clone(),
             instances: instances.clone(),
             admission: Mutex::new(()),
+            switch: Switch::new(platform.clone()),
         });
         remember(&env, &directory, &definitions).await?;
 
@@ -151,6 +153,7 @@ impl Tree {
             kernel: PathBuf::from(&args.kernel),
             initramfs: args.initramfs.as_ref().map(PathBuf::from),
             cmdline: args.cmdline.clone().unwrap_or_default(),
+            publish: args.publish.clone(),
         };
         if self.may_start(known.as_deref()).await {
             let request = BootRequest {
@@ -291,6 +294,7 @@ impl Tree {
     pub async fn shutdown(&self) {
         // A root that is gone has nothing to end.
         let _ = self.root.send_message(SupervisorMsg::Shutdown);
+        self.env.switch.close_all();
         let n = u32::try_from(self.directory.all().len()).unwrap_or(u32::MAX).saturating_add(8);
         let limit = self.env.config.shutdown_limit.saturating_mul(n).saturating_mul(2);
         if self.root.cell().wait(Some(limit)).await.is_err() {

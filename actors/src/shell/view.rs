@@ -145,6 +145,7 @@ pub(crate) fn instance(
             Role::Own => None,
             Role::Side(of) => Some(of.clone()),
         },
+        publish: vec![],
     }
 }
 

@@ -222,6 +222,7 @@ impl Daemon<'_> {
             heartbeat_timeout_s: None,
             boot_timeout_s: None,
             wait: true,
+            publish: vec![],
         };
         self.call(&Request::Spawn(args)).await.unwrap()
     }

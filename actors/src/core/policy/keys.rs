@@ -64,13 +64,15 @@ pub enum Key {
     RestartMaxDelay,
     /// [`Policy::morph_timeout`].
     MorphTimeout,
+    /// [`Policy::drain_timeout`].
+    DrainTimeout,
 }
 
 const DAY: u64 = 86_400_000;
 
 impl Key {
     /// Every setting, in the order they are shown.
-    pub const ALL: [Key; 15] = [
+    pub const ALL: [Key; 16] = [
         Key::HeartbeatTimeout,
         Key::PulsePeriod,
         Key::PulseMisses,
@@ -86,6 +88,7 @@ impl Key {
         Key::RestartDelay,
         Key::RestartMaxDelay,
         Key::MorphTimeout,
+        Key::DrainTimeout,
     ];
 
     /// Name on the command line and in files.
@@ -106,6 +109,7 @@ impl Key {
             Key::RestartDelay => "restart-delay",
             Key::RestartMaxDelay => "restart-max-delay",
             Key::MorphTimeout => "morph-timeout",
+            Key::DrainTimeout => "drain-timeout",
         }
     }
 
@@ -127,6 +131,7 @@ impl Key {
             Key::RestartDelay => "wait before the second restart in a row; later ones double",
             Key::RestartMaxDelay => "longest wait before a restart",
             Key::MorphTimeout => "longest time a new kernel may take to prove itself in a morph",
+            Key::DrainTimeout => "after a morph, how long connections to the old kernel may go on",
         }
     }
 
@@ -148,6 +153,7 @@ impl Key {
             Key::RestartDelay => "a time from 0s to 1h",
             Key::RestartMaxDelay => "a time from 0s to 24h",
             Key::MorphTimeout => "a time from 1s to 24h",
+            Key::DrainTimeout => "a time from 0s to 24h",
         }
     }
 
@@ -235,6 +241,7 @@ impl Policy {
             Key::RestartDelay => time(self.restart_base),
             Key::RestartMaxDelay => time(self.restart_max),
             Key::MorphTimeout => time(self.morph_timeout),
+            Key::DrainTimeout => time(self.drain_timeout),
         }
     }
 
@@ -273,6 +280,7 @@ impl Policy {
             Key::RestartDelay => self.restart_base = ranged(0, 3_600_000)?,
             Key::RestartMaxDelay => self.restart_max = ranged(0, DAY)?,
             Key::MorphTimeout => self.morph_timeout = ranged(1000, DAY)?,
+            Key::DrainTimeout => self.drain_timeout = ranged(0, DAY)?,
         }
         Ok(())
     }

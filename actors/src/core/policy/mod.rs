@@ -75,6 +75,8 @@ pub struct Policy {
     pub restart_max: Duration,
     /// Longest time a new kernel may take to prove itself in a morph.
     pub morph_timeout: Duration,
+    /// After a morph, how long connections of clients to the old kernel may go on.
+    pub drain_timeout: Duration,
 }
 
 impl Default for Policy {
@@ -97,6 +99,7 @@ impl Default for Policy {
             restart_base: Duration::from_secs(1),
             restart_max: Duration::from_secs(60),
             morph_timeout: Duration::from_secs(60),
+            drain_timeout: Duration::from_secs(10),
         }
     }
 }

@@ -58,9 +58,10 @@ impl InstanceActorState {
                 self.answer(Answer::Maintenance(reply, self.view()));
             }
             InstanceMsg::Regroup => self.regroup(),
-            // A wish has to wait until it is known what there is.
+            InstanceMsg::StandAside(limit) => self.stand_aside(limit),
             InstanceMsg::Unite => self.unite(),
             InstanceMsg::Recalled { epoch, found } if epoch == self.epoch => self.recalled(*found),
+            // A wish has to wait until it is known what there is.
             wish if self.machine.is_none() => match wish {
                 InstanceMsg::Spawn { .. } | InstanceMsg::Terminate { .. } | InstanceMsg::Recover { .. } => {
                     self.deferred.push(wish);
@@ -660,6 +661,7 @@ impl InstanceActorState {
         );
         view.group = self.args.env.group_of(&i.name);
         view.agent_restarts = self.agent_restarts;
+        view.publish = self.args.env.switch.view(&i.name, &i.record().publish);
         view
     }
 
@@ -692,6 +694,7 @@ impl InstanceActorState {
             self.announce(draft);
         }
         self.tell_morph();
+        self.switch_route();
     }
 
     pub(super) fn console_text(&self) -> String {

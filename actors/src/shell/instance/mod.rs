@@ -30,6 +30,7 @@ use super::link::Link;
 use super::log::EventLog;
 use super::morph::{self, MorphArgs, MorphMsg};
 use super::supervisor::SupervisorMsg;
+use super::switch::Switch;
 use super::transport::{Connections, TransportMsg};
 use crate::config::{Definitions, Settings, TreeConfig};
 use crate::core::health::{self, Health};
@@ -59,6 +60,8 @@ pub(crate) struct Env {
     pub(crate) instances: Link<SupervisorMsg>,
     /// One change of the directory at a time.
     pub(crate) admission: tokio::sync::Mutex<()>,
+    /// What is published of instances.
+    pub(crate) switch: Switch,
 }
 
 impl Env {
@@ -102,6 +105,7 @@ pub(crate) struct Plan {
     pub(crate) kernel: std::path::PathBuf,
     pub(crate) initramfs: Option<std::path::PathBuf>,
     pub(crate) cmdline: String,
+    pub(crate) publish: Vec<kmorph_control::Publish>,
 }
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, OpError>>;
@@ -171,6 +175,8 @@ pub(crate) enum InstanceMsg {
     Persist(oneshot::Sender<()>),
     /// Stop watching, decide nothing, and wait to be told who it is. Refused when it is not merely watched.
     Part(oneshot::Sender<Result<InstanceRecord, String>>),
+    /// Stand aside for so much longer.
+    StandAside(Duration),
     /// Go on from what is remembered now.
     Unite,
     /// What the journal has of it.
@@ -492,6 +498,9 @@ impl Actor for InstanceActor {
         if let InstanceMsg::Morph(message) = message {
             Box::pin(state.morph(Some(message))).await;
             return Ok(());
+        }
+        if let InstanceMsg::Spawn { .. } = &message {
+            Box::pin(state.make_room()).await;
         }
         state.message(message);
         state.show();

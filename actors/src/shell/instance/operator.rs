@@ -11,15 +11,33 @@ use super::{Asking, InstanceActorState, InstanceMsg, Plan, Reply, Waiter, Wish};
 use crate::core::recovery::{Action, Event, Outcome, Phase};
 
 impl InstanceActorState {
+    /// Whether it may be started as something else.
+    fn is_free(&self) -> bool {
+        let machine = self.machine.as_ref();
+        machine.is_some_and(|m| matches!(m.phase(), Phase::Stopped | Phase::Degraded) && !m.held())
+    }
+
+    /// What was published of it before it is started again is not in the way.
+    pub(super) async fn make_room(&mut self) {
+        if self.is_free() {
+            let switch = &self.args.env.switch;
+            switch.close(&self.args.instance.name);
+            switch.settle().await;
+        }
+    }
+
     pub(super) fn spawn(&mut self, plan: Plan, wait: bool, reply: Reply<InstanceView>) {
-        let free = self
-            .machine
-            .as_ref()
-            .is_some_and(|m| matches!(m.phase(), Phase::Stopped | Phase::Degraded) && !m.held());
-        if free {
+        if self.is_free() {
+            let i = &self.args.instance;
+            if let Err(error) = self.args.env.switch.publish(&i.name, &plan.publish) {
+                // Who asked may have given up waiting.
+                drop(reply.send(Err(error)));
+                return;
+            }
             let mut r = self.args.instance.record();
             (r.spec, r.policy, r.overrides) = (plan.spec, plan.policy, plan.overrides);
             (r.kernel, r.initramfs, r.cmdline) = (plan.kernel, plan.initramfs, plan.cmdline);
+            r.publish = plan.publish;
             drop(r);
             self.use_policy(plan.policy);
         }

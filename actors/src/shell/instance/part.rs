@@ -9,6 +9,7 @@ use tracing::{error, warn};
 use super::{Answer, InstanceActorState, InstanceMsg, MorphArgs, MorphMsg, Timer, morph};
 use crate::core::morph as core;
 use crate::core::recovery::Phase;
+use crate::core::route::{self, Target};
 use crate::core::supervisor::Event as SupervisorEvent;
 use crate::store::{InstanceRecord, Role};
 
@@ -64,6 +65,31 @@ impl InstanceActorState {
                 }
             }
             Role::Own => {}
+        }
+    }
+
+    /// Have the clients of what is published go where the instance is.
+    pub(super) fn switch_route(&mut self) {
+        let Some(machine) = &self.machine else { return };
+        let i = &self.args.instance;
+        let (publish, incarnation) = {
+            let r = i.record();
+            (r.publish.clone(), r.incarnation)
+        };
+        let switch = &self.args.env.switch;
+        match machine.phase() {
+            Phase::Stopped => switch.close(&i.name),
+            phase => {
+                let route = route::route(phase, Target { id: i.id(), incarnation });
+                switch.route(&i.name, &publish, route);
+            }
+        }
+    }
+
+    /// Whoever decides needs so much longer.
+    pub(super) fn stand_aside(&mut self, limit: Duration) {
+        if self.parted {
+            self.arm(Timer::Parted, limit + PARTED_LIMIT);
         }
     }
 

@@ -68,6 +68,8 @@ pub(super) async fn start(args: &MorphArgs, wanted: &Wanted) -> Result<InstanceV
         kernel: wanted.kernel.clone(),
         initramfs: wanted.initramfs.clone().or(of.initramfs),
         cmdline: wanted.cmdline.clone().unwrap_or(of.cmdline),
+        // It gets no clients before it is the instance.
+        publish: vec![],
     };
     let (reply, answer) = oneshot::channel();
     instance.link.send(InstanceMsg::Spawn { plan: Box::new(plan), wait: true, reply });

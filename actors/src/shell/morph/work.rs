@@ -12,9 +12,11 @@ use tracing::{error, warn};
 use super::{MorphArgs, Wanted, side};
 use crate::core::morph::{Action, Event, Phase, Round};
 use crate::core::recovery;
+use crate::core::route::Target;
 use crate::shell::effects::unix_ms;
 use crate::shell::heartbeat::HeartbeatMsg;
 use crate::shell::instance::{Env, Instance, InstanceMsg};
+use crate::shell::switch::Drained;
 use crate::store::{InstanceRecord, MorphRecord, Role};
 
 /// Between two looks at a state nobody tells of.
@@ -186,8 +188,7 @@ async fn record(args: &MorphArgs) -> (Event, String) {
     let decide = env.store.decide(&records, std::slice::from_ref(&step));
     match timeout(env.config.store_limit, decide).await {
         Ok(Ok(())) => {
-            args.instance.become_record(committed);
-            side.become_record(retired);
+            exchange(args, &side, committed, retired);
             (Event::Recorded, String::new())
         }
         Ok(Err(error)) => {
@@ -196,6 +197,14 @@ async fn record(args: &MorphArgs) -> (Event, String) {
         }
         Err(_) => (Event::RecordUnknown, String::new()),
     }
+}
+
+/// From now on each is what the other was. New clients go to the new kernel at once.
+fn exchange(args: &MorphArgs, side: &Instance, committed: InstanceRecord, retired: InstanceRecord) {
+    let target = Target { id: committed.spec.id, incarnation: committed.incarnation };
+    args.instance.become_record(committed);
+    side.become_record(retired);
+    args.env.switch.redirect(&args.instance.name, target);
 }
 
 /// Both records after the commit.
@@ -221,6 +230,7 @@ fn exchanged(
         role: Role::Own,
         saved: serves,
         morph: Some(morph),
+        publish: old.publish.clone(),
         reason: "the new kernel took over".into(),
         ..new.clone()
     };
@@ -232,6 +242,7 @@ fn exchanged(
         role: Role::Side(old.spec.name.clone()),
         saved: stops,
         morph: None,
+        publish: vec![],
         incident: 0,
         reason: "a new kernel took over".into(),
         ..old.clone()
@@ -260,8 +271,7 @@ async fn look_up(args: &MorphArgs) -> (Event, String) {
                     return (Event::NotRecorded("the journal did not take it".into()), String::new());
                 }
                 if let Ok(retired) = side::recall(&args.env, &side.name).await {
-                    args.instance.become_record(record);
-                    side.become_record(retired);
+                    exchange(args, &side, record, retired);
                     return (Event::Recorded, String::new());
                 }
             }
@@ -275,9 +285,38 @@ async fn look_up(args: &MorphArgs) -> (Event, String) {
 
 /// Both actors go on as what they are now; wait until the new kernel is seen to serve.
 async fn activate(args: &MorphArgs) -> Worked {
-    if let Ok(side) = sides(args) {
-        unite(args, &side);
+    args.instance.link.send(InstanceMsg::Unite);
+    let (serves, drained) = tokio::join!(seen_to_serve(args), let_go(args));
+    let release = serves?;
+    let old = old_stopped(args).await;
+    Ok((Event::Activated, format!("kernel {release} serves; {drained}{old}")))
+}
+
+/// The other side's clients end what they began; then it is let go, which is its end.
+async fn let_go(args: &MorphArgs) -> String {
+    let Ok(side) = sides(args) else { return String::new() };
+    let limit = args.instance.record().policy.drain_timeout;
+    let old = {
+        let r = side.record();
+        Target { id: r.spec.id, incarnation: r.incarnation }
+    };
+    side.link.send(InstanceMsg::StandAside(limit));
+    let drained = args.env.switch.drain(&args.instance.name, old, limit).await;
+    side.link.send(InstanceMsg::Unite);
+    match drained {
+        None => String::new(),
+        Some(Drained { ended, cut: 0, took }) => {
+            format!("{ended} connections to the old kernel ended by themselves within {took:.1?}; ")
+        }
+        Some(Drained { ended, cut, took }) => {
+            format!(
+                "{ended} connections to the old kernel ended by themselves, {cut} were reset after {took:.1?}; "
+            )
+        }
     }
+}
+
+async fn seen_to_serve(args: &MorphArgs) -> Result<String, String> {
     let began = Instant::now();
     let mut seen = String::new();
     while began.elapsed() < SERVES_LIMIT {
@@ -285,8 +324,7 @@ async fn activate(args: &MorphArgs) -> Worked {
             // An actor that stands aside shows what it showed before.
             let there = view.pulse_age_ms.is_some() && view.last_heartbeat_ms.is_some();
             if view.state == InstanceState::Healthy && there {
-                let old = old_stopped(args).await;
-                return Ok((Event::Activated, format!("kernel {} serves; {old}", view.release)));
+                return Ok(view.release);
             }
             seen = format!("it is {}: {}", view.state, view.reason);
         }

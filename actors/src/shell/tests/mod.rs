@@ -9,7 +9,9 @@ mod morphs;
 mod operators;
 mod policies;
 mod restart;
+mod service;
 mod sim;
+mod switch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -169,6 +171,7 @@ fn args(name: &str) -> SpawnArgs {
         heartbeat_timeout_s: None,
         boot_timeout_s: None,
         wait: true,
+        publish: vec![],
     }
 }
 
