@@ -15,6 +15,7 @@ mod story;
 mod substrate;
 mod supervision;
 mod swapped;
+mod switch;
 mod transport;
 mod two_cpus;
 
@@ -57,6 +58,7 @@ pub const ALL: &[&Scenario] = &[
     &bad_input::SCENARIO,
     &readopt::SCENARIO,
     &morph::SCENARIO,
+    &switch::SCENARIO,
     &supervision::SCENARIO,
     &supervision::KILLED,
     &rounds::SCENARIO,

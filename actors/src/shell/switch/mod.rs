@@ -97,7 +97,12 @@ pub(crate) struct Switch {
 
 impl Switch {
     pub(crate) fn new(platform: Arc<dyn Platform>) -> Switch {
-        Switch { platform, entries: Mutex::default(), closing: Mutex::default(), ended: AtomicBool::new(false) }
+        Switch {
+            platform,
+            entries: Mutex::default(),
+            closing: Mutex::default(),
+            ended: AtomicBool::new(false),
+        }
     }
 
     fn shared(&self, instance: &str) -> Option<Arc<Shared>> {
