@@ -13,6 +13,7 @@ use kmorph_control::{
 };
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt};
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::host::{RESULT, STORY};
@@ -94,6 +95,11 @@ impl Guest {
     /// Run something asynchronous.
     pub fn wait<T>(&self, f: impl Future<Output = T>) -> T {
         self.rt.block_on(f)
+    }
+
+    /// Have something go on beside the scenario.
+    pub fn beside<T: Send + 'static>(&self, f: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.rt.spawn(f)
     }
 
     /// Between two looks at something that gives no event.

@@ -83,7 +83,7 @@ struct Crowd {
 impl Crowd {
     fn start(g: &Guest) -> Crowd {
         let stop = Arc::new(AtomicBool::new(false));
-        let clients = g.wait(async { (0..CLIENTS).map(|_| tokio::spawn(client(stop.clone()))).collect() });
+        let clients = (0..CLIENTS).map(|_| g.beside(client(stop.clone()))).collect();
         Crowd { stop, clients }
     }
 
@@ -144,15 +144,13 @@ fn morph(g: &Guest, kernel: &str, from: &str, to: &str) -> Result<()> {
     g.wait(session.echo())?;
     let before = g.status("web")?;
     // The commit waits for the session, which goes on until new clients have the new kernel.
-    let old_goes_on = g.wait(async {
-        let to = to.to_owned();
-        tokio::spawn(async move {
-            until_answered_by(&to).await?;
-            for _ in 0..10 {
-                session.echo().await?;
-            }
-            Result::Ok(session.at)
-        })
+    let released = to.to_owned();
+    let old_goes_on = g.beside(async move {
+        until_answered_by(&released).await?;
+        for _ in 0..10 {
+            session.echo().await?;
+        }
+        Result::Ok(session.at)
     });
     let out = g.ctl(&["morph", "commit", "web", "--output", "json"])?;
     let view: MorphView = serde_json::from_str(&out).context("the answer of morph")?;
