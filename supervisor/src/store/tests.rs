@@ -96,7 +96,7 @@ fn an_old_record(heartbeat: u64, auto_heal: bool) -> Vec<u8> {
         assert!(map.remove(later).is_some(), "{later}");
     }
     let policy = map.get_mut("policy").unwrap().as_object_mut().unwrap();
-    for later in ["agent_silent", "morph_timeout"] {
+    for later in ["agent_silent", "morph_timeout", "drain_timeout"] {
         assert!(policy.remove(later).is_some(), "{later}");
     }
     let saved = map.get_mut("saved").unwrap().as_object_mut().unwrap();
