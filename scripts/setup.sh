@@ -14,7 +14,11 @@ needs=(
 	qemu-system-x86_64:qemu-system-x86
 	busybox:busybox-static
 	dtc:device-tree-compiler
+	/usr/sbin/criu:criu
 	gcc-12:gcc-12
+	cc:gcc
+	/usr/bin/python3:python3-minimal
+	/usr/bin/pydoc3:python3 # with the whole of its library
 	make:make
 	modinfo:kmod
 	cpio:cpio

@@ -7,9 +7,11 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 packages=("$@")
-[ ${#packages[@]} -gt 0 ] || packages=(kmorphd kmorphctl kmorph-agent kmorph-qemu-tests)
+[ ${#packages[@]} -gt 0 ] || packages=(kmorphd kmorphctl kmorph-agent kmorph-criu kmorph-qemu-tests)
 args=()
 for p in "${packages[@]}"; do args+=(-p "$p"); done
+# With all programs comes the daemon that fails on purpose.
+[ $# -gt 0 ] || args+=(--bins --example kmorphd-failpoints)
 target=x86_64-unknown-linux-gnu
 cd "$KMORPH_ROOT"
 CARGO_TARGET_DIR=${KMORPH_STATIC:-$KMORPH_ROOT/build/static} exec cargo build --locked --release --target "$target" \

@@ -59,6 +59,10 @@ pub trait Definitions: Send + Sync + 'static {
     /// The definition of this name.
     fn load(&self, name: &str) -> Result<InstanceSpec, OpError>;
 
+    /// Have the definition of this name say this from now on: a morph gave the instance another number, other CPUs, or
+    /// another place.
+    fn save(&self, spec: &InstanceSpec) -> Result<(), OpError>;
+
     /// All definitions that can be read; one that cannot is left out and logged by the implementation.
     fn all(&self) -> Vec<InstanceSpec>;
 }

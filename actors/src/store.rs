@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use kmorph_control::Publish;
 use kmorph_control::views::{RecoveryLogArgs, RecoveryStep};
-use kmorph_platform::{InstanceSpec, MemoryRange};
+use kmorph_platform::{Growth, InstanceSpec, MemoryRange};
 use serde::{Deserialize, Serialize};
 
 use crate::core::morph;
@@ -63,6 +63,22 @@ pub struct InstanceRecord {
     /// Services of it that are offered on the primary kernel.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<Publish>,
+    /// What of its definition it does not have yet: the new kernel of a morph gets it from the old one. A new start
+    /// takes everything.
+    #[serde(default, skip_serializing_if = "Growth::is_empty")]
+    pub growth: Growth,
+    /// Memory its workload keeps through morphs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover: Option<Handover>,
+}
+
+/// A region of handover memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Its number, from the same count as incidents.
+    pub key: u64,
+    /// Its size in bytes.
+    pub bytes: u64,
 }
 
 /// What an instance is there for.
@@ -75,6 +91,9 @@ pub enum Role {
     /// One side of a morph of the instance of this name: the new kernel until it is committed, the old one
     /// after that. It is never restarted, and forgotten when it has stopped.
     Side(String),
+    /// The standby of the instance of this name: it waits until it is needed. It is never restarted, and forgotten when
+    /// it has stopped; the instance has another one started.
+    Standby(String),
 }
 
 /// What has to be remembered of a morph.
@@ -88,6 +107,9 @@ pub struct MorphRecord {
     pub from: String,
     /// State of its machine.
     pub saved: morph::Saved,
+    /// The old kernel's workload may stand still: it has to be told to go on when the morph is undone.
+    #[serde(default)]
+    pub frozen: bool,
 }
 
 impl InstanceRecord {
@@ -112,6 +134,8 @@ impl InstanceRecord {
             role: Role::Own,
             morph: None,
             publish: vec![],
+            growth: Growth::default(),
+            handover: None,
         }
     }
 }

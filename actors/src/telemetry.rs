@@ -13,6 +13,8 @@
 //! | `kmorph_mailbox_depth` | gauge | messages | actor |
 //! | `kmorph_messages_lost_total` | counter | messages to an actor that was not there | actor |
 //! | `kmorph_actor_restarts_total` | counter | | actor |
+//! | `kmorph_standby_ready` | gauge | 1 while its standby can be used | instance |
+//! | `kmorph_standby_used_total` | counter | | instance, for: recovery, morph |
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -37,6 +39,8 @@ pub fn describe() {
     describe_gauge!("kmorph_mailbox_depth", Count, "Messages waiting for an actor");
     describe_counter!("kmorph_messages_lost_total", Count, "Messages to an actor that was not there");
     describe_counter!("kmorph_actor_restarts_total", Count, "Actors started again by their supervisor");
+    describe_gauge!("kmorph_standby_ready", Count, "1 while the standby of an instance can be used");
+    describe_counter!("kmorph_standby_used_total", Count, "Standbys that were used, by what for");
 }
 
 /// Every state an instance can show.
@@ -105,6 +109,14 @@ pub(crate) fn recovery_end(name: &str, recovered: bool, took: Duration) {
     if recovered {
         histogram!("kmorph_recovery_seconds", "instance" => name.to_owned()).record(took.as_secs_f64());
     }
+}
+
+pub(crate) fn standby_ready(name: &str, ready: bool) {
+    gauge!("kmorph_standby_ready", "instance" => name.to_owned()).set(if ready { 1.0 } else { 0.0 });
+}
+
+pub(crate) fn standby_used(name: &str, what_for: &'static str) {
+    counter!("kmorph_standby_used_total", "instance" => name.to_owned(), "for" => what_for).increment(1);
 }
 
 pub(crate) fn lost(actor: &'static str) {

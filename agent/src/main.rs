@@ -13,6 +13,8 @@ mod modules;
 mod serve;
 mod stage1;
 mod stand_in;
+mod state;
+mod topology;
 
 use std::io::Write;
 use std::process::ExitCode;

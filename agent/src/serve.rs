@@ -8,7 +8,7 @@ use std::time::Duration;
 use kmp::io::Connection;
 use kmp::message::{
     Bye, ByeAck, ByeReason, Error as ErrorMessage, ErrorCode, HeartbeatRsp, Hello, Message, MessageType,
-    Metrics,
+    Metrics, Role,
 };
 use kmp::session::Event;
 use nix::sys::signal::{Signal, kill};
@@ -22,6 +22,8 @@ use crate::guardian::Link;
 use crate::kmsg;
 use crate::metrics::Sampler;
 use crate::stage1::{self, Cmdline};
+use crate::state::{self, Address, Broker, Over, Reach};
+use crate::topology::{self, News};
 
 /// A client has this long to say HELLO.
 pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -59,11 +61,24 @@ enum Figures {
     Fixed(Metrics),
 }
 
+/// When it is dropped, workloads go on unhindered, and nothing is given to another kernel or taken from one.
+pub struct Held(Option<Arc<Broker>>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(broker) = &self.0 {
+            broker.let_go();
+        }
+    }
+}
+
 /// What all connections share.
 pub struct Server {
     identity: Hello,
     figures: Figures,
     link: Link,
+    broker: Arc<Broker>,
+    news: News,
 }
 
 /// Serve until the kernel ends. `ready` is told once the port is open.
@@ -79,11 +94,14 @@ pub fn run(ready: Option<OwnedFd>, cmdline: &Cmdline, link: Link) -> i32 {
     };
     let sampler = Sampler::new(Path::new(stage1::PROC), Path::new("/.kmorph/probe"));
     let figures = Figures::Measured(Box::new(Mutex::new(Gauges { sampler, last: None })));
-    on_a_runtime(listen_on_vsock(Arc::new(Server { identity, figures, link }), ready))
+    let server = Arc::new(Server { identity, figures, link, broker: Arc::default(), news: News::default() });
+    on_a_runtime(listen_on_vsock(server, ready))
 }
 
 /// Run a server's future on one thread.
 pub fn on_a_runtime(server: impl Future<Output = Result<(), String>>) -> i32 {
+    // A task that panics ends alone; nobody would know why.
+    std::panic::set_hook(Box::new(|info| kmsg::log(kmsg::ERROR, &info.to_string())));
     let result = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -102,6 +120,9 @@ pub fn on_a_runtime(server: impl Future<Output = Result<(), String>>) -> i32 {
 async fn listen_on_vsock(server: Arc<Server>, ready: Option<OwnedFd>) -> Result<(), String> {
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, kmp::PORT))
         .map_err(|e| format!("cannot listen on vsock port {}: {e}", kmp::PORT))?;
+    server.reaches(Reach::Vsock);
+    server.hear_workloads(Address::Abstract(kmorph_state::wire::ADDRESS));
+    server.tell_topology(Address::Abstract(topology::ADDRESS));
     if let Some(ready) = ready {
         stage1::say_ready(ready);
     }
@@ -127,7 +148,43 @@ async fn listen_on_vsock(server: Arc<Server>, ready: Option<OwnedFd>) -> Result<
 impl Server {
     /// The server of a stand-in.
     pub fn stand_in(identity: Hello, metrics: Metrics, link: Link) -> Server {
-        Server { identity, figures: Figures::Fixed(metrics), link }
+        Server {
+            identity,
+            figures: Figures::Fixed(metrics),
+            link,
+            broker: Arc::default(),
+            news: News::default(),
+        }
+    }
+
+    /// Where agents of other kernels are found.
+    pub fn reaches(&self, reach: Reach) {
+        self.broker.reaches(reach);
+    }
+
+    /// From now on workloads can connect.
+    pub fn hear_workloads(&self, address: Address) {
+        tokio::spawn(state::listen(self.broker.clone(), address));
+    }
+
+    /// From now on anybody can ask which kernels there are.
+    pub fn tell_topology(&self, address: Address) {
+        tokio::spawn(topology::tell(self.news.clone(), address));
+    }
+
+    /// Carry out a message of a morph and answer it.
+    pub async fn morph<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        c: &mut Connection<S>,
+        sequence: u32,
+        message: Message,
+    ) -> Result<(), Over> {
+        state::serve(&self.broker, c, sequence, message).await
+    }
+
+    /// What a connection of this peer has done to workloads ends with it.
+    pub fn held(&self, peer: &Hello) -> Held {
+        Held((peer.role == Role::Bulk).then(|| self.broker.clone()))
     }
 
     /// Who it is.
@@ -176,13 +233,20 @@ impl Server {
     }
 
     async fn connection<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) {
-        let (mut c, _) = match Connection::accept(stream, self.identity.clone(), boot_ns, HELLO_LIMIT).await {
-            Ok(opened) => opened,
-            Err(e) => return kmsg::log(kmsg::ERROR, &format!("a connection was not opened: {e}")),
-        };
+        let (mut c, peer) =
+            match Connection::accept(stream, self.identity.clone(), boot_ns, HELLO_LIMIT).await {
+                Ok(opened) => opened,
+                Err(e) => return kmsg::log(kmsg::ERROR, &format!("a connection was not opened: {e}")),
+            };
+        let _held = self.held(&peer);
         loop {
             match c.next().await {
                 Event::Message { message: Message::Bye(bye), .. } => return self.bye(&mut c, bye).await,
+                Event::Message { header, message } if state::is_morph(&message) => {
+                    if let Err(Over(why)) = self.morph(&mut c, header.sequence, message).await {
+                        return kmsg::log(kmsg::INFO, &format!("a connection for a morph ended: {why}"));
+                    }
+                }
                 Event::Message { header, message } => {
                     if let Some(answer) = self.answer(&message)
                         && let Err(e) = c.queue(header.sequence, &answer)
@@ -201,6 +265,9 @@ impl Server {
         match message {
             Message::HeartbeatReq(req) => {
                 self.link.tell(req.guardian_ms);
+                if req.serves {
+                    self.broker.serves();
+                }
                 Some(
                     HeartbeatRsp {
                         incarnation: self.identity.incarnation,
@@ -211,6 +278,10 @@ impl Server {
                     }
                     .into(),
                 )
+            }
+            Message::Topology(topology) => {
+                self.news.set(topology);
+                None
             }
             // Told to all survivors; there is nothing to do for them in an instance yet, and no answer.
             Message::RecoverPrepare(_) | Message::RecoverReclaim(_) | Message::RecoverComplete(_) => None,
@@ -294,6 +365,8 @@ mod tests {
             identity: Hello { instance: 3, incarnation: 9, release: "6.1-test".into(), ..Hello::default() },
             figures: Figures::Measured(Box::new(Mutex::new(gauges))),
             link: Link::unheard(4),
+            broker: Arc::default(),
+            news: News::default(),
         }
     }
 

@@ -258,7 +258,7 @@ async fn half_of_an_answer_arrives_before_that_death() {
     let n = timeout(LIMIT, raw.read(&mut buf)).await.unwrap().unwrap();
     session.receive(&buf[..n], 1);
     b.fault(1, "die-mid-message").await;
-    let request: Message = kmp::message::HeartbeatReq { metrics: true, guardian_ms: 0 }.into();
+    let request: Message = kmp::message::HeartbeatReq { metrics: true, ..Default::default() }.into();
     session.send(5, &request, 1).unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut raw, session.output()).await.unwrap();
     let got = timeout(LIMIT, raw.read(&mut buf)).await.unwrap().unwrap();

@@ -75,8 +75,10 @@ async fn killed_in_the_middle_of_starting() {
     for stop in [1, 3, 6, 9, 12, 15, 18, 21] {
         let dir = b.dir.clone();
         let home = b.vacate();
-        let folders = || (1..=INSTANCES).filter(|id| dir.join(id.to_string()).exists()).count();
-        kill_daemon(&dir, || folders() >= stop).await;
+        let with =
+            |file: &str| (1..=INSTANCES).filter(|id| dir.join(id.to_string()).join(file).exists()).count();
+        // A folder that does not say yet what it is for is no instance: one at least has to be.
+        kill_daemon(&dir, || with("") >= stop && with("claim") > 0).await;
         // A child between fork and exec is still the daemon's copy, for a moment.
         b = home.open(64).await;
         let existing = b.process.existing().await.unwrap();

@@ -9,10 +9,12 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{AGENT, Bench, LIMIT, answer, ask, beat, config, hello, until};
 use kmorph_platform::process::Process;
 use kmorph_platform::{
-    BootRequest, CpuState, InstanceId, KernelState, Platform, PlatformError, PlatformEventKind,
+    BootRequest, CpuState, Growth, InstanceId, KernelState, Platform, PlatformError, PlatformEventKind,
 };
 use kmp::io::{Connection, OpenError};
 use kmp::message::{Bye, ByeReason, Message};
@@ -272,4 +274,50 @@ fn the_program_explains_itself() {
     assert!(String::from_utf8_lossy(&nothing.stderr).contains("first process of a kernel instance"));
     assert_eq!(run(&["fault", "--dir", "/x"]).status.code(), Some(2));
     assert_eq!(run(&["stand-in", "--id", "1"]).status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn a_stand_in_gets_more_while_it_runs_and_the_next_daemon_knows() {
+    let mut b = Bench::new(6).await;
+    b.boot(1, "").await;
+    b.boot(2, "").await;
+    b.ready(1).await;
+    let growth = |cpus: &[u32], mib: u64| Growth { cpus: cpus.to_vec(), memory_bytes: mib << 20 };
+    let limit = Duration::from_secs(5);
+    let id = InstanceId(1);
+    for (growth, want) in [
+        (growth(&[2], 0), "CPU 2, which instance 2 has"),
+        (growth(&[0], 0), "boot processor"),
+        (growth(&[6], 0), "it has 0 to 5"),
+        (growth(&[3], 1 << 40), "no 1099511627776 MiB"),
+    ] {
+        let error = b.process.grow(id, 1, &growth, limit).await.unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let stale = b.process.grow(id, 9, &growth(&[3], 0), limit).await.unwrap_err();
+    assert!(matches!(stale, PlatformError::StaleIncarnation { .. }), "{stale}");
+    let more = growth(&[3, 4], 32);
+    for _ in 0..2 {
+        let grown = b.process.grow(id, 1, &more, limit).await.unwrap();
+        assert_eq!((grown.cpus.as_slice(), grown.memory_bytes() >> 20), (&[3, 4][..], 32));
+        assert!(grown.failed.is_empty(), "{grown:?}");
+    }
+    assert_eq!(b.process.pulse(id, 1).unwrap().cpus.len(), 3);
+    let used: u64 = b.process.inventory().await.unwrap().used.iter().map(|(r, _)| r.size >> 20).sum();
+    assert_eq!(used, 64 + 32 + 64);
+
+    let b = b.restart().await;
+    let i = b.process.inventory().await.unwrap();
+    let lent: Vec<u32> = i.cpus.iter().filter(|c| c.owner == Some(id)).map(|c| c.apic_id).collect();
+    assert_eq!(lent, [1, 3, 4]);
+    assert_eq!(i.used.iter().map(|(r, _)| r.size >> 20).sum::<u64>(), 160);
+    assert_eq!(b.process.pulse(id, 1).unwrap().cpus.len(), 3);
+    // One that stands still does not take it up; what it was given is its own all the same.
+    b.fault(1, "hang").await;
+    let late = b.process.grow(id, 1, &growth(&[3, 4, 5], 32), Duration::from_millis(100)).await.unwrap();
+    assert!(late.failed.iter().any(|f| f.contains("did not answer within 100ms")), "{late:?}");
+    b.remove(1).await;
+    b.remove(2).await;
+    let i = b.process.inventory().await.unwrap();
+    assert!(i.used.is_empty() && i.cpus.iter().all(|c| c.owner.is_none()), "{i:?}");
 }

@@ -11,6 +11,7 @@
     reason = "a benchmark measures real time and prints it"
 )]
 
+mod blackout;
 mod control;
 mod daemon;
 mod farm;
@@ -70,6 +71,18 @@ enum What {
         #[arg(default_value_t = 1_000)]
         count: u16,
     },
+    /// Replace the kernel of a service under a client, again and again
+    Blackout {
+        /// How often
+        #[arg(default_value_t = 60)]
+        morphs: usize,
+    },
+    /// (inside a stand-in) A store of MIB MiB that goes along
+    #[command(hide = true)]
+    Kv {
+        /// Its size
+        mib: usize,
+    },
     /// Answer heartbeats for COUNT instances from FIRST on, on Unix sockets in DIR
     Farm {
         /// Folder of the sockets
@@ -96,6 +109,8 @@ fn main() -> ExitCode {
     let done = match Args::parse().what {
         What::All { count, stand_ins, seconds, rounds } => all(count, stand_ins, seconds, rounds),
         What::StandIns { count } => stand_ins::run(count).map(|_| ()),
+        What::Blackout { morphs } => blackout::run(morphs).map(|_| ()),
+        What::Kv { mib } => blackout::serve(mib),
         What::Farm { dir, first, count } => farm::run(&dir, first, count),
         What::Daemon { dir, count, config, socket } => daemon::run(dir, count, config, socket),
     };
@@ -108,10 +123,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// Morphs whose interruption is measured.
+const MORPHS: usize = 60;
+
 fn all(count: u16, stand_ins: u16, seconds: u64, rounds: u32) -> Result<()> {
     process::raise_descriptors()?;
     let mut kept = scale::run(count, seconds, rounds)?;
     kept &= stand_ins::run(stand_ins)?;
+    kept &= blackout::run(MORPHS)?;
     if kept { Ok(()) } else { Err("a promise of SPECIFICATION.md was not kept".into()) }
 }
 

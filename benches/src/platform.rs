@@ -62,7 +62,7 @@ impl Platform for Farm {
 
     async fn inventory(&self) -> Result<Inventory, PlatformError> {
         let used = (1..=self.count).map(|id| (region(id), InstanceId(id))).collect();
-        Ok(Inventory { cpus: Vec::new(), pool: Vec::new(), used })
+        Ok(Inventory { cpus: Vec::new(), pool: Vec::new(), used, memory_block: 0 })
     }
 
     async fn existing(&self) -> Result<Vec<ExistingInstance>, PlatformError> {
@@ -103,6 +103,10 @@ impl Platform for Farm {
 
     async fn reclaim(&self, _: InstanceId, _: u64, _: bool) -> Result<ReclaimReport, PlatformError> {
         never()
+    }
+
+    async fn release_cpus(&self, _: &[u32]) -> Result<(), PlatformError> {
+        Ok(())
     }
 
     async fn connect(&self, id: InstanceId, _: u64, port: u32) -> Result<Box<dyn Stream>, PlatformError> {

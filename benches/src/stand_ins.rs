@@ -71,6 +71,7 @@ async fn start(config: &ProcessConfig, home: &Path, count: u16) -> Result<()> {
                 initramfs: None,
                 cmdline: String::new(),
                 pulse_period: Duration::from_millis(500),
+                growth: Default::default(),
             };
             platform.boot(&request).await.map(|_| ())
         }

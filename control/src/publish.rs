@@ -1,4 +1,5 @@
-//! Where the primary kernel offers a service of an instance: `tcp:8080=vsock:5000`, `unix:/run/web.sock=vsock:5000`.
+//! Where the primary kernel offers a service of an instance: `tcp:8080=vsock:5000`, `unix:/run/web.sock=vsock:5000`, and
+//! with `,sessions` behind that when the service speaks the session protocol, so that connections outlive a kernel.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 const KMP_PORT: u32 = 9000;
 /// The longest path of a Unix socket (`sun_path` of `unix(7)`, with its end).
 const LONGEST_PATH: usize = 107;
-const SHAPE: &str = "expected tcp:[ADDRESS:]PORT=vsock:PORT or unix:/PATH=vsock:PORT";
+const SHAPE: &str = "expected tcp:[ADDRESS:]PORT=vsock:PORT[,sessions] or unix:/PATH=vsock:PORT[,sessions]";
 
 /// A text that does not say where a service is to be offered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,13 +33,15 @@ pub enum Listen {
     Unix(PathBuf),
 }
 
-/// A published service. As text (and so in every encoding): `<listen>=vsock:<port>`.
+/// A published service. As text (and so in every encoding): `<listen>=vsock:<port>`, and `,sessions`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Publish {
     /// Where clients connect to.
     pub listen: Listen,
     /// The vsock port the service listens on in the instance.
     pub port: u32,
+    /// The service speaks the session protocol: connections go on with another kernel.
+    pub sessions: bool,
 }
 
 fn tcp(text: &str) -> Result<Listen, String> {
@@ -68,6 +71,11 @@ fn parse(text: &str) -> Result<Publish, String> {
     // A path may contain '=', a vsock port cannot.
     let (listen, target) = text.rsplit_once('=').ok_or(SHAPE)?;
     let port = target.strip_prefix("vsock:").ok_or(SHAPE)?;
+    let (port, sessions) = match port.split_once(',') {
+        Some((port, "sessions")) => (port, true),
+        Some(_) => return Err(SHAPE.into()),
+        None => (port, false),
+    };
     let port: u32 = port.parse().map_err(|_| format!("{port:?} is not a vsock port"))?;
     match port {
         KMP_PORT => return Err(format!("vsock port {KMP_PORT} is the agent's own")),
@@ -79,7 +87,7 @@ fn parse(text: &str) -> Result<Publish, String> {
         Some(("unix", rest)) => unix(rest)?,
         _ => return Err(SHAPE.into()),
     };
-    Ok(Publish { listen, port })
+    Ok(Publish { listen, port, sessions })
 }
 
 impl FromStr for Publish {
@@ -101,7 +109,7 @@ impl fmt::Display for Listen {
 
 impl fmt::Display for Publish {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}=vsock:{}", self.listen, self.port)
+        write!(f, "{}=vsock:{}{}", self.listen, self.port, if self.sessions { ",sessions" } else { "" })
     }
 }
 
@@ -128,6 +136,7 @@ mod tests {
             ("tcp:127.0.0.1:80=vsock:1", "tcp:127.0.0.1:80=vsock:1"),
             ("tcp:[::]:80=vsock:4294967294", "tcp:[::]:80=vsock:4294967294"),
             ("unix:/run/a=b.sock=vsock:5000", "unix:/run/a=b.sock=vsock:5000"),
+            ("tcp:80=vsock:5000,sessions", "tcp:0.0.0.0:80=vsock:5000,sessions"),
         ] {
             let publish: Publish = text.parse().unwrap();
             assert_eq!(publish.to_string(), written);
@@ -143,6 +152,7 @@ mod tests {
             ("tcp:8080", "expected"),
             ("tcp:8080=5000", "expected"),
             ("udp:53=vsock:5000", "expected"),
+            ("tcp:80=vsock:5000,session", "expected"),
             ("tcp:0=vsock:5000", "port 0"),
             ("tcp:70000=vsock:5000", "neither a port"),
             ("tcp:localhost:80=vsock:5000", "neither a port"),

@@ -66,6 +66,9 @@ pub struct SpawnArgs {
     /// Services of it that the primary kernel offers.
     #[serde(default)]
     pub publish: Vec<Publish>,
+    /// Bytes of handover memory, 0 for none; whole 2 MiB.
+    #[serde(default)]
+    pub handover_bytes: u64,
 }
 
 /// A published service and its connections, since the instance was started or the daemon was.
@@ -85,6 +88,22 @@ pub struct PublishView {
     pub failed: u64,
     /// Longest wait of a connection until a kernel took it, microseconds.
     pub longest_wait_us: u64,
+    /// How often a connection went on with another kernel.
+    #[serde(default)]
+    pub moved: u64,
+}
+
+/// A kernel that waits beside an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyView {
+    /// `none`, `starting`, `ready`, `not-ready`, `in-use` or `being-removed`.
+    pub state: String,
+    /// Its name among the instances.
+    pub name: String,
+    /// Its kernel release, empty while it has none.
+    pub release: String,
+    /// Why there is none; empty when nothing is in the way.
+    pub reason: String,
 }
 
 /// An instance, in full.
@@ -140,6 +159,15 @@ pub struct InstanceView {
     /// It is one side of a morph of this instance.
     #[serde(default)]
     pub side_of: Option<String>,
+    /// It is the standby of this instance.
+    #[serde(default)]
+    pub standby_of: Option<String>,
+    /// Its standby, when it is to have one.
+    #[serde(default)]
+    pub standby: Option<StandbyView>,
+    /// Bytes of its handover memory.
+    #[serde(default)]
+    pub handover_bytes: u64,
     /// Its published services.
     #[serde(default)]
     pub publish: Vec<PublishView>,
@@ -170,10 +198,40 @@ pub struct MorphArgs {
     pub initramfs: Option<String>,
     /// Physical ids of the CPUs the new kernel gets; empty: any that no instance has.
     pub cpus: Vec<u32>,
+    /// Memory in bytes that it starts with; the rest it gets of the old kernel. `None`: as much as the instance has, if
+    /// there is room.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
     /// How far to go.
     pub goal: MorphGoal,
     /// Only say whether it could begin, and what the new kernel would get.
     pub dry_run: bool,
+}
+
+/// What becomes of the morphs of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GroupMorph {
+    /// Begin: up to the question whether to commit.
+    Validate,
+    /// Begin, and commit all when all are valid; or commit those that wait.
+    Commit,
+    /// Roll all back that are under way.
+    Rollback,
+}
+
+/// `kmorphctl morph group`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MorphGroupArgs {
+    /// Group.
+    pub group: String,
+    /// Absolute path of the new kernel's bzImage; `None` goes on with the morphs that are under way.
+    pub kernel: Option<String>,
+    /// How far to go.
+    pub what: GroupMorph,
+    /// Each member is committed before the next begins, with its clients moved to the others before. With a kernel only.
+    #[serde(default)]
+    pub one_by_one: bool,
 }
 
 /// The other kernel of a morph.
@@ -187,6 +245,12 @@ pub struct MorphSide {
     pub cpus: Vec<u32>,
     /// Memory in bytes.
     pub memory_bytes: u64,
+    /// CPUs it gets of the old kernel, when that is stopped.
+    #[serde(default)]
+    pub later_cpus: Vec<u32>,
+    /// Memory it gets then.
+    #[serde(default)]
+    pub later_memory_bytes: u64,
 }
 
 /// One step of a morph.
@@ -198,6 +262,60 @@ pub struct MorphStep {
     pub at_ms: u64,
     /// What was done or seen.
     pub detail: String,
+}
+
+/// What a morph has copied of the state of workloads.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TransferView {
+    /// Sections that are handed over.
+    pub sections: u64,
+    /// Rounds of copying so far.
+    pub rounds: u64,
+    /// Bytes copied so far.
+    pub bytes: u64,
+    /// Bytes copied in the latest round.
+    pub last_bytes: u64,
+    /// Rate of the latest round in which the workload served, MiB/s.
+    pub mib_per_s: f64,
+    /// Bytes of rounds in which the workload served that went through memory both kernels have.
+    #[serde(default)]
+    pub shared_bytes: u64,
+    /// Bytes that were sent for the others: less where they could be compressed.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// Rate of the round that copied everything, MiB/s.
+    #[serde(default)]
+    pub full_mib_per_s: f64,
+    /// Bytes copied so far in the round under way; 0 between rounds.
+    #[serde(default)]
+    pub round_bytes: u64,
+    /// Rate of the round under way so far, MiB/s.
+    #[serde(default)]
+    pub round_mib_per_s: f64,
+    /// Most by which the workload was held back from changing its state, in percent of its pace.
+    #[serde(default)]
+    pub throttled_percent: u64,
+}
+
+/// How long a workload stood still, phase by phase, in microseconds unless it says otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlackoutView {
+    /// When it began, microseconds since the Unix epoch.
+    pub began_unix_us: u64,
+    /// From the order to stand still until the new kernel's workload served and clients were sent there.
+    pub total_us: u64,
+    /// Until the workload stood still.
+    pub freeze_us: u64,
+    /// Until its last changes were in the new kernel.
+    pub copy_us: u64,
+    /// Until they were found to be right.
+    pub check_us: u64,
+    /// Until the commit record was written.
+    pub record_us: u64,
+    /// Until the new kernel's workload served.
+    pub activate_us: u64,
+    /// Bytes that were copied meanwhile.
+    pub bytes: u64,
 }
 
 /// A morph.
@@ -221,6 +339,12 @@ pub struct MorphView {
     pub committed: Option<bool>,
     /// What was done so far.
     pub steps: Vec<MorphStep>,
+    /// What was copied, when there is state to hand over.
+    #[serde(default)]
+    pub transfer: Option<TransferView>,
+    /// How long the workload stood still, when it did.
+    #[serde(default)]
+    pub blackout: Option<BlackoutView>,
 }
 
 /// `kmorphctl heartbeat`.

@@ -186,6 +186,8 @@ pub enum Request {
         /// Instance.
         name: String,
     },
+    /// A list of [`crate::MorphView`], of the group's members in order.
+    MorphGroup(crate::MorphGroupArgs),
 }
 
 impl Request {
@@ -203,6 +205,7 @@ impl Request {
                 | Request::Maintenance { .. }
                 | Request::Morph(MorphArgs { dry_run: false, .. })
                 | Request::MorphRollback { .. }
+                | Request::MorphGroup(_)
         )
     }
 }
@@ -383,6 +386,7 @@ mod tests {
             boot_timeout_s: None,
             wait: true,
             publish: vec![],
+            handover_bytes: 0,
         });
         let morph = |dry_run| MorphArgs {
             name: "x".into(),
@@ -390,6 +394,7 @@ mod tests {
             cmdline: None,
             initramfs: None,
             cpus: vec![3],
+            memory_bytes: Some(128 << 20),
             goal: crate::MorphGoal::Commit,
             dry_run,
         };
@@ -412,6 +417,15 @@ mod tests {
             (Request::Morph(morph(true)), false),
             (Request::MorphRollback { name: "x".into() }, true),
             (Request::MorphStatus { name: "x".into() }, false),
+            (
+                Request::MorphGroup(crate::MorphGroupArgs {
+                    group: "x".into(),
+                    kernel: None,
+                    what: crate::GroupMorph::Commit,
+                    one_by_one: false,
+                }),
+                true,
+            ),
             (Request::Events { filter: EventsArgs::default(), follow: true }, false),
         ] {
             assert_eq!(decode::<Request>(&encode(&r).unwrap()).unwrap(), r);

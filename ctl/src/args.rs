@@ -286,6 +286,9 @@ pub struct Spawn {
     /// go on with the old one until they end. Without an address the port is open on all IPv4 addresses.
     #[arg(long, value_name = "LISTEN=vsock:PORT")]
     pub publish: Vec<kmorph_control::Publish>,
+    /// Memory of the pool that the workload keeps through morphs without a copy: bytes, or with K, M or G; whole 2 MiB
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0", hide_default_value = true)]
+    pub handover_memory: u64,
 }
 
 /// What `health` can show.
@@ -320,6 +323,30 @@ pub(super) fn since(text: &str) -> Result<u64, String> {
     at.duration_since(std::time::UNIX_EPOCH)
         .map(|d| d.as_millis() as u64)
         .map_err(|_| "that is before 1970".into())
+}
+
+/// Memory comes in pieces of this.
+const MEMORY_STEP: u64 = 2 << 20;
+
+/// A size in bytes, or with K, M or G behind it.
+pub fn size(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+        Some(at) => text.split_at(at),
+        None => (text, ""),
+    };
+    let shift = match unit {
+        "" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        _ => return Err(format!("{unit:?} is not K, M or G")),
+    };
+    let number: u64 = number.parse().map_err(|_| "a size begins with a number".to_string())?;
+    let bytes = number.checked_mul(1 << shift).ok_or("that is too much")?;
+    if !bytes.is_multiple_of(MEMORY_STEP) {
+        return Err("memory comes in pieces of 2 MiB".into());
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -468,5 +495,17 @@ mod tests {
         let hour = since("1h").unwrap();
         assert!((now - hour).abs_diff(3_600_000) < 1000);
         assert!(since("yesterday").is_err());
+    }
+
+    #[test]
+    fn memory_comes_in_whole_pieces() {
+        for (text, bytes) in
+            [("0", 0), ("4194304", 4 << 20), ("2048K", 2 << 20), ("512M", 512 << 20), ("1GiB", 1 << 30)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "1", "3M", "1T", "-2M", "99999999999G"] {
+            assert!(size(text).is_err(), "{text}");
+        }
     }
 }

@@ -38,6 +38,7 @@ fn spawn_args(s: &Spawn) -> Result<SpawnArgs, OpError> {
         boot_timeout_s: s.boot_timeout,
         wait: !s.no_wait,
         publish: s.publish.clone(),
+        handover_bytes: s.handover_memory,
     })
 }
 

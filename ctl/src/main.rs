@@ -7,6 +7,7 @@ mod generate;
 mod morph;
 mod operate;
 mod output;
+mod progress;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -2,13 +2,28 @@
 
 use std::path::Path;
 
-use kmorph_control::{Client, ErrorKind, MorphArgs, MorphGoal, MorphView, OpError, Request};
+use kmorph_control::{
+    Client, ErrorKind, GroupMorph, MorphArgs, MorphGoal, MorphGroupArgs, MorphView, OpError, Request,
+};
 
 use crate::args::{Morph, MorphStep, NewKernel};
 use crate::commands::file;
 use crate::output::{Output, morph as show};
+use crate::progress;
 
 pub async fn run(command: &Morph, socket: &Path, out: &Output) -> Result<(), OpError> {
+    if let Some(MorphStep::Group { group, kernel, commit, one_by_one, rollback }) = &command.step {
+        let what = match (rollback, commit) {
+            (true, _) => GroupMorph::Rollback,
+            (false, true) => GroupMorph::Commit,
+            (false, false) => GroupMorph::Validate,
+        };
+        let kernel = kernel.as_deref().map(|k| file("kernel", k)).transpose()?;
+        let (group, one_by_one) = (group.clone(), *one_by_one);
+        let request = Request::MorphGroup(MorphGroupArgs { group, kernel, what, one_by_one });
+        let views: Vec<MorphView> = Client::connect(socket).await?.call(&request).await?;
+        return out.show(&views, |all| all.iter().map(show::morph).collect::<Vec<_>>().join("\n"));
+    }
     let request = match (&command.step, &command.instance, &command.kernel) {
         (Some(step), ..) => request(step)?,
         (None, Some(instance), Some(kernel)) => {
@@ -18,7 +33,13 @@ pub async fn run(command: &Morph, socket: &Path, out: &Output) -> Result<(), OpE
         (None, ..) => return Err(OpError::new(ErrorKind::Usage, "morph: name an instance and a kernel")),
     };
     let dry_run = matches!(&request, Request::Morph(MorphArgs { dry_run: true, .. }));
-    let view: MorphView = Client::connect(socket).await?.call(&request).await?;
+    let waits_for = match &request {
+        Request::Morph(m) if !m.dry_run => Some(m.name.clone()),
+        Request::MorphRollback { name } => Some(name.clone()),
+        _ => None,
+    };
+    let mut client = Client::connect(socket).await?;
+    let view: MorphView = progress::shown(waits_for.as_deref(), socket, client.call(&request)).await?;
     out.show(&view, |v| if dry_run { show::plan(v) } else { show::morph(v) })
 }
 
@@ -30,6 +51,7 @@ fn request(step: &MorphStep) -> Result<Request, OpError> {
             cmdline: None,
             initramfs: None,
             cpus: vec![],
+            memory_bytes: None,
             goal,
             dry_run: false,
         })
@@ -41,6 +63,9 @@ fn request(step: &MorphStep) -> Result<Request, OpError> {
         MorphStep::Validate { instance } => go(instance, MorphGoal::Validate),
         MorphStep::Commit { instance } => go(instance, MorphGoal::Commit),
         MorphStep::Rollback { instance } => Request::MorphRollback { name: instance.clone() },
+        MorphStep::Group { .. } => {
+            return Err(OpError::new(ErrorKind::Usage, "morph group is not of one instance"));
+        }
         MorphStep::Status { instance } => Request::MorphStatus { name: instance.clone() },
     })
 }
@@ -58,6 +83,7 @@ fn begin(
         cmdline: new.kernel_cmdline.clone(),
         initramfs: new.initramfs.as_deref().map(|p| file("initramfs", p)).transpose()?,
         cpus: new.cpus.clone(),
+        memory_bytes: new.memory,
         goal,
         dry_run,
     })

@@ -8,7 +8,7 @@ use std::io::Write;
 use comfy_table::{Table, presets};
 use kmorph_control::{
     ConsoleLine, DaemonView, ErrorKind, HealthView, HeartbeatView, InstanceView, OpError, PingView,
-    PublishView, RecoveryStep,
+    PublishView, RecoveryStep, StandbyView,
 };
 use serde::Serialize;
 
@@ -175,12 +175,21 @@ pub fn instances(all: &[InstanceView], verbose: bool) -> String {
     for i in all.iter().filter(|i| !i.advice.is_empty()) {
         text += &format!("{} is {}: {}; {}\n", i.name, i.state, i.reason, i.advice);
     }
+    for (i, s) in all.iter().filter_map(|i| Some((i, i.standby.as_ref()?))) {
+        if s.state != "ready" && !s.reason.is_empty() {
+            text += &format!("{} has no standby: {}\n", i.name, s.reason);
+        }
+    }
     text
 }
 
-/// "RUNNING (maintenance)"
+/// "RUNNING (maintenance)", "RUNNING (standby)"
 fn state(i: &InstanceView) -> String {
-    if i.maintenance { format!("{} (maintenance)", i.state) } else { i.state.to_string() }
+    match (i.maintenance, &i.standby_of) {
+        (true, _) => format!("{} (maintenance)", i.state),
+        (false, Some(_)) => format!("{} (standby)", i.state),
+        (false, None) => i.state.to_string(),
+    }
 }
 
 pub fn instance(i: &InstanceView) -> String {
@@ -211,6 +220,9 @@ pub fn instance(i: &InstanceView) -> String {
         ("Pulse seen:", i.pulse_age_ms.map_or_else(|| "-".into(), |v| format!("{} ago", ms(Some(v))))),
         ("Up:", i.uptime_s.map_or_else(|| "-".into(), |s| format!("{s:.1} s"))),
     ];
+    if i.handover_bytes > 0 {
+        rows.push(("Handover memory:", mib(i.handover_bytes)));
+    }
     for p in &i.publish {
         rows.push(("Published:", published(p)));
     }
@@ -220,6 +232,12 @@ pub fn instance(i: &InstanceView) -> String {
     if let Some(of) = &i.side_of {
         rows.push(("Side of:", format!("a morph of {of}")));
     }
+    if let Some(of) = &i.standby_of {
+        rows.push(("Standby of:", format!("{of}; it waits and serves nobody")));
+    }
+    if let Some(s) = &i.standby {
+        rows.push(("Standby:", standby(s)));
+    }
     if let Some(n) = i.incident {
         rows.push(("Incident:", n.to_string()));
     }
@@ -227,17 +245,30 @@ pub fn instance(i: &InstanceView) -> String {
     pairs(rows)
 }
 
+/// "ready: kernel 6.12.9 as web~standby", "none: it needs 128 MiB ..."
+fn standby(s: &StandbyView) -> String {
+    let mut text = s.state.clone();
+    if !s.release.is_empty() {
+        text += &format!(": kernel {} as {}", s.release, s.name);
+    }
+    if !s.reason.is_empty() {
+        text += &format!("{} {}", if s.release.is_empty() { ":" } else { ";" }, s.reason);
+    }
+    text
+}
+
 fn published(p: &PublishView) -> String {
     if !p.listening {
         return format!("{}, not listening", p.publish);
     }
     format!(
-        "{}, {} open, {} waiting, {} in all, {} failed, longest wait {}",
+        "{}, {} open, {} waiting, {} in all, {} failed,{} longest wait {}",
         p.publish,
         p.open,
         p.waiting,
         p.accepted,
         p.failed,
+        if p.moved > 0 { format!(" {} moved,", p.moved) } else { String::new() },
         ms(Some(p.longest_wait_us.div_ceil(1000)))
     )
 }
@@ -398,7 +429,10 @@ mod tests {
             incident: None,
             morph: None,
             side_of: None,
+            standby_of: None,
+            standby: None,
             publish: vec![],
+            handover_bytes: 0,
         };
         let text = instances(std::slice::from_ref(&plain), false);
         assert!(text.contains("RUNNING") && !text.contains("maintenance"), "{text}");
@@ -409,7 +443,7 @@ mod tests {
             group: Some("shop".into()),
             advice: "kmorphctl recover web".into(),
             agent_restarts: 7,
-            ..plain
+            ..plain.clone()
         };
         let list = instances(std::slice::from_ref(&special), true);
         for word in ["RUNNING (maintenance)", "shop", "AGENT-RESTARTS", " 7 ", "kmorphctl recover web\n"] {
@@ -419,6 +453,15 @@ mod tests {
         for word in ["RUNNING (maintenance)", "shop", "kmorphctl recover web", "7 times", "in maintenance"] {
             assert!(status.contains(word), "{word:?} in\n{status}");
         }
+        let reason = "it needs 128 MiB of the pool".to_owned();
+        let none =
+            StandbyView { state: "none".into(), name: "web~standby".into(), reason, ..Default::default() };
+        let owner = InstanceView { standby: Some(none), ..plain.clone() };
+        let text = instances(std::slice::from_ref(&owner), false);
+        assert!(text.contains("web has no standby: it needs 128 MiB of the pool\n"), "{text}");
+        assert!(instance(&owner).contains("none: it needs 128 MiB of the pool"));
+        let waits = InstanceView { standby_of: Some("web".into()), ..plain };
+        assert!(instances(std::slice::from_ref(&waits), false).contains("RUNNING (standby)"));
     }
 
     #[test]

@@ -13,7 +13,7 @@
 #include <linux/types.h>
 #include <linux/ioctl.h>
 
-#define KMORPH_ABI_VERSION	1
+#define KMORPH_ABI_VERSION	2
 #define KMORPH_DEVICE		"/dev/kmorph"
 
 #define KMORPH_MAX_INSTANCES	14	/* low-memory slices below 640 KiB */
@@ -21,6 +21,8 @@
 #define KMORPH_MAX_POOL		32	/* pool ranges */
 #define KMORPH_MAX_MACHINE_CPUS	256
 #define KMORPH_TEXT		128
+#define KMORPH_MAX_HANDOVERS	32	/* handover regions */
+#define KMORPH_MAX_EXTENTS	8	/* ranges an instance got while it ran */
 
 struct kmorph_head {
 	__u32 size;
@@ -56,8 +58,8 @@ enum kmorph_pool_source {
 
 /*
  * KMORPH_POOL_ADD: every page must be reserved at boot or offline, else EBUSY
- * with bad_address set. KMORPH_POOL_REMOVE: EBUSY while an instance, a link or
- * a mapping uses the range.
+ * with bad_address set. KMORPH_POOL_REMOVE: EBUSY while an instance, a link, a
+ * handover region or a mapping uses the range.
  */
 struct kmorph_pool {
 	struct kmorph_head head;
@@ -112,6 +114,12 @@ enum kmorph_instance_state {
 	KMORPH_INST_STUCK = 4,	/* a stop was asked for and not every CPU confirmed it */
 };
 
+/* A range of the pool that an instance got while it ran, beside its region. */
+struct kmorph_extent {
+	__u64 base;
+	__u64 size;
+};
+
 /*
  * KMORPH_CREATE claims CPUs (all TAKEN) and a range of the pool for an
  * instance, hands out its low memory, and formats the control area.
@@ -134,16 +142,38 @@ struct kmorph_instance {
 	__u64 low_size;		/* out */
 	__u64 started_ns;	/* out: CLOCK_MONOTONIC of the last START, 0 if never */
 	__u64 stopped_cpus;	/* out: bit n: apicid[n] was seen stopped */
+	__u32 extent_count;	/* out */
+	__u32 reserved;
+	struct kmorph_extent extent[KMORPH_MAX_EXTENTS];	/* out */
 };
 
 /*
  * KMORPH_CPU_ASSIGN gives one more taken CPU (apicid) to an instance that
- * exists (instance), running or not: its kernel may then online it. It is
- * fenced with the others. KMORPH_CPU_WITHDRAW takes one back to TAKEN, once
+ * exists (instance), running or not. A kernel that runs is told in its control
+ * area and onlines it, if its tables name it. It is fenced with the others.
+ * KMORPH_CPU_WITHDRAW takes one back to TAKEN, once
  * the instance's kernel has offlined it, and makes it prove that it has left:
  * EBUSY for the boot CPU and for one whose pulse says online, ETIMEDOUT when
  * it did not confirm (it then stays with the instance).
  */
+
+/*
+ * KMORPH_MEMORY_ASSIGN gives a free range of the pool to a running instance,
+ * whose kernel is told in its control area and adds it to its memory: whole
+ * memory blocks of that kernel (memory_block), which it onlines as its command
+ * line says. The range is the instance's until it is destroyed. EINVAL not
+ * whole blocks; ENOENT not in the pool; EBUSY somebody has it; ENOSPC it has
+ * KMORPH_MAX_EXTENTS already; ENXIO it does not run, or kmorph.ko is not loaded
+ * in it.
+ */
+struct kmorph_memory {
+	struct kmorph_head head;
+	__u32 instance;
+	__u32 reserved;
+	__u64 base;
+	__u64 size;
+	__u64 memory_block;	/* out: bytes, 0 while it is not known */
+};
 
 /* KMORPH_INSTANCE_LIST: ids of all instances the module holds. */
 struct kmorph_instance_list {
@@ -209,6 +239,69 @@ struct kmorph_door_req {
 	__u32 reserved;
 };
 
+/*
+ * Handover regions: pieces of the pool that are no kernel's RAM. Workloads of
+ * several instances map one at the same time (kmorph_handover.h), and one of
+ * these kernels at the most may write. A region outlives the kernels that use
+ * it: only KMORPH_HANDOVER_DESTROY and the unloading of the module end it.
+ *
+ * KMORPH_HANDOVER_CREATE: reserve a region and clear it. EEXIST for a key in
+ * use; ENOSPC when there is no room; for a place asked for, ENOENT when it is
+ * not in the pool and EBUSY when somebody has it. KMORPH_HANDOVER_DESTROY:
+ * EBUSY while it is shared. Only the key counts there.
+ */
+struct kmorph_handover {
+	struct kmorph_head head;
+	__u64 key;		/* chosen by the caller, unique, not 0 */
+	__u64 size;		/* a multiple of KMORPH_HANDOVER_ALIGN */
+	__u64 base;		/* in: a place, 0 for any; out: where it is */
+	__u32 writer;		/* out: the instance that may write, 0 for nobody */
+	__u32 share_count;	/* out */
+	__u32 share[KMORPH_MAX_INSTANCES + 2];	/* out: instances that may map it */
+};
+#define KMORPH_HANDOVER_ALIGN	0x200000ULL
+
+/* KMORPH_HANDOVER_LIST */
+struct kmorph_handover_list {
+	struct kmorph_head head;
+	__u32 count;		/* out */
+	__u32 reserved;
+	struct kmorph_handover region[KMORPH_MAX_HANDOVERS];
+};
+
+/*
+ * KMORPH_HANDOVER_SHARE: a running instance may map the region from now on, and
+ * read it. It loses that with its STOP. ENOENT for an unknown key or instance,
+ * ESTALE for another incarnation, ENXIO when it does not run, EALREADY.
+ *
+ * KMORPH_HANDOVER_UNSHARE: it may no longer, and has confirmed that nothing of
+ * it maps the region. EBUSY for the writer; ENOENT when it is not shared with
+ * it; ETIMEDOUT when it did not confirm: it is then still shared.
+ */
+struct kmorph_handover_share {
+	struct kmorph_head head;
+	__u64 key;
+	__u64 incarnation;
+	__u32 instance;
+	__u32 timeout_us;	/* UNSHARE: how long it may take; else 0 */
+};
+
+/*
+ * KMORPH_HANDOVER_ASSIGN: make this instance the one writer. The one before it
+ * is revoked first: it has confirmed that no mapping of it is writable, or is
+ * seen stopped. ETIMEDOUT when it did not confirm; EACCES when the region is
+ * not shared with the new one; EBUSY while another call changes the region.
+ * After every error the writer is the one it was.
+ */
+struct kmorph_handover_assign {
+	struct kmorph_head head;
+	__u64 key;
+	__u32 instance;		/* 0: nobody */
+	__u32 timeout_us;	/* for the confirmation, at most KMORPH_HANDOVER_MAX_US */
+	__u64 revoke_ns;	/* out: how long the confirmation took */
+};
+#define KMORPH_HANDOVER_MAX_US	10000000U
+
 enum kmorph_event_type {
 	KMORPH_EV_READY = 1,	/* the instance's kmorph.ko is up; data = boot nonce */
 	KMORPH_EV_PANIC = 2,	/* panic notice; text = reason */
@@ -252,6 +345,13 @@ struct kmorph_event {
 #define KMORPH_DOOR		_IOWR(KMORPH_IOC, 0x11, struct kmorph_door_req)
 #define KMORPH_CPU_ASSIGN	_IOWR(KMORPH_IOC, 0x12, struct kmorph_cpu)
 #define KMORPH_CPU_WITHDRAW	_IOWR(KMORPH_IOC, 0x13, struct kmorph_cpu)
+#define KMORPH_HANDOVER_CREATE	_IOWR(KMORPH_IOC, 0x14, struct kmorph_handover)
+#define KMORPH_HANDOVER_DESTROY	_IOWR(KMORPH_IOC, 0x15, struct kmorph_handover)
+#define KMORPH_HANDOVER_LIST	_IOWR(KMORPH_IOC, 0x16, struct kmorph_handover_list)
+#define KMORPH_HANDOVER_SHARE	_IOWR(KMORPH_IOC, 0x17, struct kmorph_handover_share)
+#define KMORPH_HANDOVER_UNSHARE	_IOWR(KMORPH_IOC, 0x18, struct kmorph_handover_share)
+#define KMORPH_HANDOVER_ASSIGN	_IOWR(KMORPH_IOC, 0x19, struct kmorph_handover_assign)
+#define KMORPH_MEMORY_ASSIGN	_IOWR(KMORPH_IOC, 0x1a, struct kmorph_memory)
 
 /*
  * mmap(): offset = physical address. Only ranges inside the pool, and the low

@@ -37,15 +37,26 @@ void kmorph_ctl_format(struct kmorph_inst *inst)
 {
 	struct kmorph_ctl_primary *ctl = ctl_primary(inst);
 
-	BUILD_BUG_ON(sizeof(struct kmorph_ctl_primary) > KMORPH_CTL_OFF_LINKS);
+	BUILD_BUG_ON(sizeof(struct kmorph_ctl_primary) > KMORPH_CTL_OFF_GRANTS);
+	BUILD_BUG_ON(KMORPH_CTL_OFF_GRANTS + sizeof(struct kmorph_ctl_grants) >
+		     KMORPH_CTL_OFF_LINKS);
+	BUILD_BUG_ON(KMORPH_CTL_OFF_INSTANCE + sizeof(struct kmorph_ctl_instance) >
+		     KMORPH_CTL_OFF_PULSE);
+	BUILD_BUG_ON(KMORPH_MAX_CPUS > KMORPH_CTL_CPUS);
+	BUILD_BUG_ON(KMORPH_MAX_EXTENTS > KMORPH_CTL_EXTENTS);
 	BUILD_BUG_ON(KMORPH_CTL_OFF_LINKS + sizeof(struct kmorph_ctl_links) >
 		     KMORPH_CTL_OFF_INSTANCE);
 	BUILD_BUG_ON(sizeof(struct kmorph_ctl_pulse) != 64);
 	BUILD_BUG_ON(KMORPH_CTL_OFF_PULSE + KMORPH_CTL_CPUS * sizeof(struct kmorph_ctl_pulse) >
+		     KMORPH_CTL_OFF_HANDOVERS);
+	BUILD_BUG_ON(KMORPH_CTL_OFF_HANDOVERS + sizeof(struct kmorph_ctl_handovers) >
 		     KMORPH_CTL_SIZE);
 	BUILD_BUG_ON(sizeof(struct kmorph_ctl_link) != 64);
+	BUILD_BUG_ON(sizeof(struct kmorph_ctl_handover) != 64);
 
 	memset(inst->ctl, 0, KMORPH_CTL_SIZE);
+	inst->handovers_generation = 0;
+	inst->grants_generation = 0;
 	ctl->version = KMORPH_CTL_VERSION;
 	ctl->size = KMORPH_CTL_SIZE;
 	ctl->instance_id = inst->id;
@@ -56,12 +67,42 @@ void kmorph_ctl_format(struct kmorph_inst *inst)
 	ctl->tsc_khz = tsc_khz;
 	ctl->cpu_count = inst->cpu_count;
 	ctl->door = kmorph_door_address();
+	kmorph_ctl_grants(inst);
 	smp_store_release(&ctl->magic, KMORPH_CTL_MAGIC);
 }
 
-void kmorph_ctl_cpu_count(struct kmorph_inst *inst)
+/*
+ * Write what the instance may use anew, and ring it. Called with its lock held,
+ * or before anybody else knows it.
+ */
+void kmorph_ctl_grants(struct kmorph_inst *inst)
 {
+	struct kmorph_ctl_grants *grants = inst->ctl + KMORPH_CTL_OFF_GRANTS;
+	u32 i;
+
+	WRITE_ONCE(grants->generation, inst->grants_generation + 1);
+	smp_wmb();	/* odd before any entry changes */
+	grants->cpu_count = inst->cpu_count;
+	memcpy(grants->apicid, inst->apicid, inst->cpu_count * sizeof(u32));
+	grants->extent_count = inst->extent_count;
+	for (i = 0; i < inst->extent_count; i++) {
+		grants->extent[i].base = inst->extent[i].base;
+		grants->extent[i].size = inst->extent[i].size;
+	}
+	inst->grants_generation += 2;
+	smp_store_release(&grants->generation, inst->grants_generation);
 	WRITE_ONCE(ctl_primary(inst)->cpu_count, inst->cpu_count);
+	smp_mb();	/* the table before the ring */
+	if (inst->state == KMORPH_INST_RUNNING)
+		kmorph_ctl_ring(inst);
+}
+
+/* Bytes of a memory block of the instance's kernel; 0 while it has not said so. */
+u64 kmorph_ctl_memory_block(struct kmorph_inst *inst)
+{
+	if (smp_load_acquire(&ctl_instance(inst)->state) != KMORPH_CTL_READY)
+		return 0;
+	return READ_ONCE(ctl_instance(inst)->memory_block);
 }
 
 /* Does the instance say that it runs on this CPU? */

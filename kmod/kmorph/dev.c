@@ -51,6 +51,7 @@ HANDLER(cpu_give, kmorph_cpu);
 HANDLER(cpu_list, kmorph_cpu_list);
 HANDLER(cpu_assign, kmorph_cpu);
 HANDLER(cpu_withdraw, kmorph_cpu);
+HANDLER(memory_assign, kmorph_memory);
 HANDLER(instance_create, kmorph_instance);
 HANDLER(instance_query, kmorph_instance);
 HANDLER(instance_list, kmorph_instance_list);
@@ -61,6 +62,12 @@ HANDLER(stop, kmorph_stop);
 HANDLER(link_add, kmorph_link_req);
 HANDLER(link_del, kmorph_link_req);
 HANDLER(door_move, kmorph_door_req);
+HANDLER(handover_create, kmorph_handover);
+HANDLER(handover_destroy, kmorph_handover);
+HANDLER(handover_list, kmorph_handover_list);
+HANDLER(handover_share, kmorph_handover_share);
+HANDLER(handover_unshare, kmorph_handover_share);
+HANDLER(handover_assign, kmorph_handover_assign);
 
 static int call_info(struct file *file, void *arg)
 {
@@ -91,6 +98,13 @@ static const struct call {
 	{ KMORPH_DOOR, ROLE(PRIMARY) | ROLE(INSTANCE), call_door_move },
 	{ KMORPH_CPU_ASSIGN, ROLE(PRIMARY), call_cpu_assign },
 	{ KMORPH_CPU_WITHDRAW, ROLE(PRIMARY), call_cpu_withdraw },
+	{ KMORPH_MEMORY_ASSIGN, ROLE(PRIMARY), call_memory_assign },
+	{ KMORPH_HANDOVER_CREATE, ROLE(PRIMARY), call_handover_create },
+	{ KMORPH_HANDOVER_DESTROY, ROLE(PRIMARY), call_handover_destroy },
+	{ KMORPH_HANDOVER_LIST, ROLE(PRIMARY), call_handover_list },
+	{ KMORPH_HANDOVER_SHARE, ROLE(PRIMARY), call_handover_share },
+	{ KMORPH_HANDOVER_UNSHARE, ROLE(PRIMARY), call_handover_unshare },
+	{ KMORPH_HANDOVER_ASSIGN, ROLE(PRIMARY), call_handover_assign },
 };
 
 /* By number alone, so that a caller built for another layout is told so. */

@@ -23,9 +23,19 @@ struct kmorph_ctl_primary *kmorph_guest_primary(void)
 	return area + KMORPH_CTL_OFF_PRIMARY;
 }
 
+struct kmorph_ctl_grants *kmorph_guest_grants(void)
+{
+	return area + KMORPH_CTL_OFF_GRANTS;
+}
+
 struct kmorph_ctl_links *kmorph_guest_links(void)
 {
 	return area + KMORPH_CTL_OFF_LINKS;
+}
+
+struct kmorph_ctl_handovers *kmorph_guest_handovers(void)
+{
+	return area + KMORPH_CTL_OFF_HANDOVERS;
 }
 
 struct kmorph_ctl_instance *kmorph_guest_self(void)
@@ -103,14 +113,20 @@ void kmorph_guest_state(u32 state, const char *text)
 
 bool kmorph_guest_hard(void)
 {
-	return kmorph_guest_link_changed();
+	return kmorph_guest_link_changed() || kmorph_guest_handover_changed() ||
+	       kmorph_guest_grants_changed();
 }
 
 void kmorph_guest_thread(void)
 {
+	/* First, and here: a kernel that takes over waits for the answer. */
+	if (kmorph_guest_handover_changed())
+		kmorph_guest_handover_follow();
 	WRITE_ONCE(kmorph_guest_self()->cpus_online, num_online_cpus());
 	if (kmorph_guest_link_changed())
 		kmorph_guest_link_kick();
+	if (kmorph_guest_grants_changed())
+		kmorph_guest_grants_kick();
 }
 
 static int validate(phys_addr_t control)
@@ -155,9 +171,12 @@ int kmorph_guest_init(phys_addr_t control)
 	ret = validate(control);
 	if (ret)
 		goto unmap;
-	ret = kmorph_guest_link_init();
+	ret = kmorph_guest_grants_init();
 	if (ret)
 		goto unmap;
+	ret = kmorph_guest_link_init();
+	if (ret)
+		goto grants;
 	ret = kmorph_door_init();
 	if (ret)
 		goto links;
@@ -170,6 +189,9 @@ int kmorph_guest_init(phys_addr_t control)
 	ret = kmorph_dev_init();
 	if (ret)
 		goto last_words;
+	ret = kmorph_guest_handover_init();
+	if (ret)
+		goto dev;
 
 	self = kmorph_guest_self();
 	do {
@@ -179,11 +201,15 @@ int kmorph_guest_init(phys_addr_t control)
 	self->cpus_online = num_online_cpus();
 	self->ready_tsc = rdtsc();
 	kmorph_guest_state(KMORPH_CTL_READY, NULL);
+	kmorph_guest_handover_start();
+	kmorph_guest_grants_kick();
 	kmorph_guest_link_kick();
 	pr_info("instance %u, pulse every %u us\n", kmorph_self_id(),
 		kmorph_guest_primary()->pulse_us);
 	return 0;
 
+dev:
+	kmorph_dev_exit();
 last_words:
 	kmorph_last_words_exit();
 pulse:
@@ -192,6 +218,8 @@ door:
 	kmorph_door_exit();
 links:
 	kmorph_guest_link_exit();
+grants:
+	kmorph_guest_grants_exit();
 unmap:
 	kmorph_unmap(area);
 	return ret;
@@ -200,6 +228,7 @@ unmap:
 void kmorph_guest_exit(void)
 {
 	kmorph_dev_exit();
+	kmorph_guest_handover_exit();
 	kmorph_last_words_exit();
 	kmorph_pulse_exit();
 	WRITE_ONCE(kmorph_guest_self()->door, 0);
@@ -207,5 +236,6 @@ void kmorph_guest_exit(void)
 	kmorph_door_exit();
 	WRITE_ONCE(kmorph_guest_self()->door, 0);
 	kmorph_guest_link_exit();
+	kmorph_guest_grants_exit();
 	kmorph_unmap(area);
 }

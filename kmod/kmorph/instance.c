@@ -6,6 +6,7 @@
 #include "kmorph.h"
 
 #include <linux/delay.h>
+#include <linux/log2.h>
 #include <linux/module.h>
 #include <linux/slab.h>
 
@@ -80,16 +81,38 @@ void kmorph_inst_unlock(struct kmorph_inst *inst)
 	kmorph_inst_put(inst);
 }
 
-/* Does any region touch the range? Called with kmorph_lock held. */
+static bool owns(const struct kmorph_inst *inst, u64 base, u64 size)
+{
+	u32 i;
+
+	if (kmorph_overlaps(base, size, inst->base, inst->size))
+		return true;
+	for (i = 0; i < inst->extent_count; i++)
+		if (kmorph_overlaps(base, size, inst->extent[i].base, inst->extent[i].size))
+			return true;
+	return false;
+}
+
+/* Does any instance own a part of the range? Called with kmorph_lock held. */
 bool kmorph_inst_covers(u64 base, u64 size)
 {
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(instances); i++)
-		if (instances[i] &&
-		    kmorph_overlaps(base, size, instances[i]->base, instances[i]->size))
+		if (instances[i] && owns(instances[i], base, size))
 			return true;
 	return false;
+}
+
+/* Is the range free for an instance? Called with kmorph_lock held. */
+static int check_free(u64 base, u64 size)
+{
+	if (!kmorph_pool_find(base, size))
+		return -ENOENT;
+	if (kmorph_inst_covers(base, size) || kmorph_link_covers(base, size) ||
+	    kmorph_handover_covers(base, size))
+		return -EBUSY;
+	return 0;
 }
 
 /* The low slice that holds the range. Called with kmorph_lock held. */
@@ -121,6 +144,9 @@ static void describe(struct kmorph_inst *inst, struct kmorph_instance *out)
 	out->low_size = inst->slot->size;
 	out->started_ns = inst->started_ns;
 	out->stopped_cpus = inst->stopped_cpus;
+	out->extent_count = inst->extent_count;
+	memset(out->extent, 0, sizeof(out->extent));
+	memcpy(out->extent, inst->extent, inst->extent_count * sizeof(inst->extent[0]));
 }
 
 static int check_request(const struct kmorph_instance *req)
@@ -164,11 +190,9 @@ static int claim(struct kmorph_inst *inst)
 
 	if (find(inst->id))
 		return -EEXIST;
-	if (!kmorph_pool_find(inst->base, inst->size))
-		return -ENOENT;
-	if (kmorph_inst_covers(inst->base, inst->size) ||
-	    kmorph_link_covers(inst->base, inst->size))
-		return -EBUSY;
+	ret = check_free(inst->base, inst->size);
+	if (ret)
+		return ret;
 	inst->slot = kmorph_lowmem_get();
 	if (!inst->slot)
 		return -ENOSPC;
@@ -343,7 +367,7 @@ static int assign(struct kmorph_inst *inst, struct kmorph_cpu *req)
 	}
 	if (!ret) {
 		inst->apicid[inst->cpu_count++] = req->apicid;
-		kmorph_ctl_cpu_count(inst);
+		kmorph_ctl_grants(inst);
 	}
 	kmorph_cpu_describe(req);
 	mutex_unlock(&kmorph_lock);
@@ -370,7 +394,7 @@ static int withdraw(struct kmorph_inst *inst, struct kmorph_cpu *req)
 	memmove(&inst->apicid[index], &inst->apicid[index + 1],
 		(inst->cpu_count - index) * sizeof(u32));
 	kmorph_cpu_unlend(req->apicid, inst->id);
-	kmorph_ctl_cpu_count(inst);
+	kmorph_ctl_grants(inst);
 	kmorph_cpu_describe(req);
 	mutex_unlock(&kmorph_lock);
 	return 0;
@@ -400,4 +424,50 @@ int kmorph_cpu_assign(struct kmorph_cpu *req)
 int kmorph_cpu_withdraw(struct kmorph_cpu *req)
 {
 	return change_cpus(req, withdraw);
+}
+
+static int add_extent(struct kmorph_inst *inst, const struct kmorph_memory *req)
+{
+	struct kmorph_extent *extent;
+	int ret;
+
+	mutex_lock(&kmorph_lock);
+	ret = inst->extent_count < KMORPH_MAX_EXTENTS ? check_free(req->base, req->size) : -ENOSPC;
+	if (!ret) {
+		extent = &inst->extent[inst->extent_count++];
+		extent->base = req->base;
+		extent->size = req->size;
+	}
+	mutex_unlock(&kmorph_lock);
+	return ret;
+}
+
+int kmorph_memory_assign(struct kmorph_memory *req)
+{
+	struct kmorph_inst *inst;
+	int ret;
+
+	req->memory_block = 0;
+	if (req->reserved || !kmorph_range_ok(req->base, req->size))
+		return -EINVAL;
+	kmorph_links_reap();
+	inst = kmorph_inst_lock(req->instance, &ret);
+	if (!inst)
+		return ret;
+	req->memory_block = kmorph_ctl_memory_block(inst);
+	if (inst->state != KMORPH_INST_RUNNING || !req->memory_block) {
+		ret = -ENXIO;
+	} else if (!is_power_of_2(req->memory_block) || req->memory_block < PAGE_SIZE ||
+		   !IS_ALIGNED(req->base | req->size, req->memory_block)) {
+		ret = -EINVAL;
+	} else {
+		ret = add_extent(inst, req);
+		if (!ret) {
+			kmorph_ctl_grants(inst);
+			pr_info("instance %u: memory %#llx+%#llx\n", inst->id, req->base,
+				req->size);
+		}
+	}
+	kmorph_inst_unlock(inst);
+	return ret;
 }

@@ -5,6 +5,7 @@
  * Locks, outermost first:
  *   kmorph_inst.op	one long operation (start, stop, destroy) on an instance
  *   link_mutex		the links and the calls to their user
+ *   handover_mutex	the handover regions. Never held while waiting for an instance
  *   cpu_mutex		taking and giving CPUs (holds the hot-plug locks inside)
  *   kmorph_lock	the tables: pool, CPUs, instances. Never held while waiting
  *   ctl_lock		(raw) the mapped control areas; taken in hard interrupts
@@ -79,6 +80,7 @@ int kmorph_pool_add(struct kmorph_pool *req);
 int kmorph_pool_remove(struct kmorph_pool *req);
 int kmorph_pool_list(struct kmorph_pool_list *req);
 struct kmorph_range *kmorph_pool_find(u64 base, u64 size);
+u64 kmorph_pool_place(u64 size, u64 align);
 
 /* CPUs */
 int kmorph_cpu_init(void);
@@ -113,6 +115,8 @@ struct kmorph_inst {
 	u32 pulse_us;
 	u32 cpu_count;
 	u32 apicid[KMORPH_MAX_CPUS];
+	u32 extent_count;
+	struct kmorph_extent extent[KMORPH_MAX_EXTENTS];
 	struct kmorph_slot *slot;
 	void *ctl;
 	void *low;			/* the trampoline page */
@@ -126,7 +130,9 @@ struct kmorph_inst {
 	u32 notices;
 	u64 nonce_seen;
 	u32 end_seen;
+	u32 grants_generation;		/* last one written; under op */
 	u32 links_generation;		/* last one written; under link_mutex */
+	u32 handovers_generation;	/* last one written; under handover_mutex */
 };
 
 int kmorph_instance_create(struct kmorph_instance *req);
@@ -136,6 +142,7 @@ int kmorph_instance_list(struct kmorph_instance_list *req);
 int kmorph_instance_nmi(struct kmorph_ref *req);
 int kmorph_cpu_assign(struct kmorph_cpu *req);
 int kmorph_cpu_withdraw(struct kmorph_cpu *req);
+int kmorph_memory_assign(struct kmorph_memory *req);
 struct kmorph_inst *kmorph_inst_get(u32 id);
 void kmorph_inst_put(struct kmorph_inst *inst);
 struct kmorph_inst *kmorph_inst_lock(u32 id, int *err);
@@ -153,7 +160,8 @@ u32 kmorph_tables_root(const struct kmorph_inst *inst);
 
 /* control areas, seen from the primary */
 void kmorph_ctl_format(struct kmorph_inst *inst);
-void kmorph_ctl_cpu_count(struct kmorph_inst *inst);
+void kmorph_ctl_grants(struct kmorph_inst *inst);
+u64 kmorph_ctl_memory_block(struct kmorph_inst *inst);
 bool kmorph_ctl_cpu_online(struct kmorph_inst *inst, u32 apicid);
 void kmorph_ctl_watch(struct kmorph_inst *inst);
 void kmorph_ctl_unwatch(struct kmorph_inst *inst);
@@ -187,6 +195,17 @@ int kmorph_primary_link_register(const struct kmorph_link_ops *ops);
 void kmorph_primary_link_unregister(void);
 void kmorph_links_exit(void);
 
+/* handover regions, seen from the primary */
+int kmorph_handover_create(struct kmorph_handover *req);
+int kmorph_handover_destroy(struct kmorph_handover *req);
+int kmorph_handover_list(struct kmorph_handover_list *req);
+int kmorph_handover_share(struct kmorph_handover_share *req);
+int kmorph_handover_unshare(struct kmorph_handover_share *req);
+int kmorph_handover_assign(struct kmorph_handover_assign *req);
+bool kmorph_handover_covers(u64 base, u64 size);
+void kmorph_handover_stop(struct kmorph_inst *inst);
+void kmorph_handover_exit(void);
+
 /* events */
 void kmorph_event(u32 type, const struct kmorph_inst *inst, u32 cpu, u64 tsc,
 		  u64 data, const char *text);
@@ -215,9 +234,20 @@ void kmorph_guest_link_kick(void);
 int kmorph_guest_link_register(const struct kmorph_link_ops *ops);
 void kmorph_guest_link_unregister(void);
 bool kmorph_guest_link_apicid_ok(u32 peer, u32 apicid);
+int kmorph_guest_handover_init(void);
+void kmorph_guest_handover_start(void);
+void kmorph_guest_handover_exit(void);
+bool kmorph_guest_handover_changed(void);
+void kmorph_guest_handover_follow(void);
+int kmorph_guest_grants_init(void);
+void kmorph_guest_grants_exit(void);
+bool kmorph_guest_grants_changed(void);
+void kmorph_guest_grants_kick(void);
 struct kmorph_ctl_primary *kmorph_guest_primary(void);
+struct kmorph_ctl_grants *kmorph_guest_grants(void);
 struct kmorph_ctl_instance *kmorph_guest_self(void);
 struct kmorph_ctl_links *kmorph_guest_links(void);
+struct kmorph_ctl_handovers *kmorph_guest_handovers(void);
 struct kmorph_ctl_pulse *kmorph_guest_pulse(unsigned int cpu);
 void kmorph_guest_state(u32 state, const char *text);
 int kmorph_pulse_init(u32 period_us);

@@ -279,7 +279,8 @@ static int check_place(const struct link *want, const struct kmorph_inst *owner)
 	}
 	if (!kmorph_pool_find(want->base, want->size))
 		return -ENOENT;
-	return kmorph_inst_covers(want->base, want->size) ? -EBUSY : 0;
+	return kmorph_inst_covers(want->base, want->size) ||
+	       kmorph_handover_covers(want->base, want->size) ? -EBUSY : 0;
 }
 
 static struct link *find_pair(u32 a, u32 b)

@@ -105,6 +105,7 @@ static void primary_exit(void)
 	kmorph_door_exit();
 	kmorph_cpu_exit();
 	kmorph_links_exit();
+	kmorph_handover_exit();
 	kmorph_pool_exit();
 }
 

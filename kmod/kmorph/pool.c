@@ -221,7 +221,8 @@ int kmorph_pool_remove(struct kmorph_pool *req)
 		req->mappings = atomic_read(&range->mappings);
 		req->bad_address = 0;
 		if (req->mappings || kmorph_inst_covers(range->base, range->size) ||
-		    kmorph_link_covers(range->base, range->size)) {
+		    kmorph_link_covers(range->base, range->size) ||
+		    kmorph_handover_covers(range->base, range->size)) {
 			ret = -EBUSY;
 		} else {
 			remove(range);
@@ -265,4 +266,22 @@ struct kmorph_range *kmorph_pool_find(u64 base, u64 size)
 		if (kmorph_inside(base, size, range->base, range->size))
 			return range;
 	return NULL;
+}
+
+/* A free piece of the pool, from the top down; 0 if none. Called with kmorph_lock held. */
+u64 kmorph_pool_place(u64 size, u64 align)
+{
+	struct kmorph_range *range;
+	u64 at;
+
+	list_for_each_entry(range, &ranges, list) {
+		if (size > range->size)
+			continue;
+		for (at = round_down(range->base + range->size - size, align);
+		     at >= range->base; at -= align)
+			if (!kmorph_inst_covers(at, size) && !kmorph_link_covers(at, size) &&
+			    !kmorph_handover_covers(at, size))
+				return at;
+	}
+	return 0;
 }

@@ -279,8 +279,10 @@ static int stop_locked(struct kmorph_inst *inst, struct kmorph_stop *req)
 	kmorph_ctl_unwatch(inst);
 	kmorph_elcr_restore(inst);
 	kmorph_links_stop(inst);
-	if (stopped == all)
+	if (stopped == all) {
+		kmorph_handover_stop(inst);
 		kmorph_tables_free(inst);
+	}
 	set_state(inst, stopped == all ? KMORPH_INST_STOPPED : KMORPH_INST_STUCK, stopped);
 	req->stopped_cpus = stopped;
 	req->duration_ns = ktime_to_ns(ktime_sub(ktime_get(), begin));

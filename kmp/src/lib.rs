@@ -26,6 +26,8 @@ pub mod version;
 
 /// vsock port the agent listens on.
 pub const PORT: u32 = 9000;
+/// vsock port on which the agent of a kernel that takes state hears the kernel that has it.
+pub const STATE_PORT: u32 = 9001;
 
 /// Protocol version of this crate.
 pub const VERSION: u16 = 1;

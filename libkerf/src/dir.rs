@@ -19,9 +19,10 @@ pub struct Loaded {
     pub errors: Vec<KerfError>,
 }
 
-fn read(path: &Path) -> Result<Vec<Instance>, KerfError> {
-    let tree = if path.extension().is_some_and(|e| e == "dts") {
-        compile(path)?
+/// The tree of a file, source or blob.
+pub(crate) fn read_tree(path: &Path) -> Result<Tree, KerfError> {
+    if path.extension().is_some_and(|e| e == "dts") {
+        compile(path)
     } else {
         let io = |e: std::io::Error| KerfError::Io {
             what: format!("read {}", path.display()),
@@ -34,9 +35,12 @@ fn read(path: &Path) -> Result<Vec<Instance>, KerfError> {
             .take(MAX_BLOB as u64 + 1)
             .read_to_end(&mut blob)
             .map_err(io)?;
-        Tree::from_blob(&path.display().to_string(), &blob)?
-    };
-    instances_of(&tree)
+        Tree::from_blob(&path.display().to_string(), &blob)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<Instance>, KerfError> {
+    instances_of(&read_tree(path)?)
 }
 
 /// The definition of one instance, from `<name>.dts` or `<name>.dtb`. The source wins when both
@@ -47,11 +51,7 @@ pub fn load_named(dir: &Path, name: &str) -> Result<Instance, KerfError> {
             "{name:?} is no instance name: use letters, digits, '-', '_' and '.', a letter or digit first"
         )));
     }
-    let path = ["dts", "dtb"]
-        .iter()
-        .map(|e| dir.join(format!("{name}.{e}")))
-        .find(|p| p.is_file())
-        .ok_or_else(|| KerfError::NotFound { name: name.into(), dir: dir.display().to_string() })?;
+    let path = path_of(dir, name)?;
     let all = read(&path)?;
     let found: Vec<String> = all.iter().map(|i| i.name.clone()).collect();
     all.into_iter().find(|i| i.name == name).ok_or_else(|| {
@@ -61,6 +61,14 @@ pub fn load_named(dir: &Path, name: &str) -> Result<Instance, KerfError> {
             found.join(", ")
         ))
     })
+}
+
+/// The file that defines an instance.
+pub(crate) fn path_of(dir: &Path, name: &str) -> Result<PathBuf, KerfError> {
+    let mut forms = ["dts", "dtb"].iter().map(|e| dir.join(format!("{name}.{e}")));
+    forms
+        .find(|p| p.is_file())
+        .ok_or_else(|| KerfError::NotFound { name: name.into(), dir: dir.display().to_string() })
 }
 
 /// All definitions of a folder, with contradictions among them found.

@@ -9,9 +9,11 @@ mod dts;
 mod error;
 mod instance;
 mod tree;
+mod write;
 
 pub use dir::{INSTANCES, Loaded, load_all, load_named};
 pub use dts::compile;
 pub use error::KerfError;
 pub use instance::{Instance, instances_of};
 pub use tree::{Node, Tree};
+pub use write::{save_named, source};

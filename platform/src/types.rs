@@ -107,9 +107,29 @@ pub struct Inventory {
     pub pool: Vec<MemoryRange>,
     /// Parts of the pool in use, with their owner.
     pub used: Vec<(MemoryRange, InstanceId)>,
+    /// A running instance gets memory in multiples of this many bytes; 0: it cannot get any.
+    pub memory_block: u64,
 }
 
 impl Inventory {
+    /// Bytes of the largest piece of the pool nobody has, from one multiple of 2 MiB on.
+    pub fn largest_free(&self) -> u64 {
+        const ALIGN: u64 = 2 << 20;
+        let mut used: Vec<MemoryRange> = self.used.iter().map(|(r, _)| *r).collect();
+        used.sort_by_key(|r| r.base);
+        let mut largest = 0;
+        for range in &self.pool {
+            let mut at = range.base;
+            let end = MemoryRange { base: range.end(), size: 0 };
+            for next in used.iter().filter(|u| u.overlaps(range)).chain([&end]) {
+                let from = at.checked_next_multiple_of(ALIGN).unwrap_or(u64::MAX);
+                largest = largest.max(next.base.saturating_sub(from));
+                at = at.max(next.end());
+            }
+        }
+        largest
+    }
+
     /// Bytes of the pool nobody has.
     pub fn free_bytes(&self) -> u64 {
         let total: u64 = self.pool.iter().map(|r| r.size).sum();
@@ -132,6 +152,44 @@ pub struct InstanceSpec {
     pub memory_base: Option<u64>,
 }
 
+/// What an instance gets while it runs, beside what it is started with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Growth {
+    /// Physical CPU ids, in the order in which the kernel numbers them.
+    pub cpus: Vec<u32>,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
+impl Growth {
+    /// Nothing at all.
+    pub fn is_empty(&self) -> bool {
+        self.cpus.is_empty() && self.memory_bytes == 0
+    }
+}
+
+/// What an instance got while it ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grown {
+    /// CPUs its kernel uses now.
+    pub cpus: Vec<u32>,
+    /// Memory its kernel uses now, beside its region.
+    pub memory: Vec<MemoryRange>,
+    /// What it was to get and did not, and why; empty when it has everything.
+    pub failed: Vec<String>,
+    /// How long it took until the memory was in use.
+    pub memory_took: Duration,
+    /// How long it took until the CPUs were.
+    pub cpus_took: Duration,
+}
+
+impl Grown {
+    /// Bytes of memory beside the region.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.iter().map(|r| r.size).sum()
+    }
+}
+
 /// Everything that is needed to start a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootRequest {
@@ -147,6 +205,9 @@ pub struct BootRequest {
     pub cmdline: String,
     /// How often the kernel's pulse is asked to beat.
     pub pulse_period: Duration,
+    /// What it is to get later, by [`Platform::grow`](crate::Platform::grow). Nothing of it is claimed yet, but the
+    /// kernel has to know of it when it starts.
+    pub growth: Growth,
 }
 
 /// A kernel that was started.
@@ -221,6 +282,28 @@ pub struct FenceReport {
     /// True when all of them were.
     pub complete: bool,
     /// How long it took.
+    pub took: Duration,
+}
+
+/// Memory that workloads of several instances map at the same time; one of them at the most may write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverRegion {
+    /// Chosen by who created it; workloads ask for the region by it.
+    pub key: u64,
+    /// Where it is.
+    pub range: MemoryRange,
+    /// The instance that may write.
+    pub writer: Option<InstanceId>,
+    /// The instances that may map it.
+    pub shared: Vec<InstanceId>,
+}
+
+/// A handover region has got another writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverMoved {
+    /// How long the writer before took to confirm that it no longer is one; zero when there was none.
+    pub revoke: Duration,
+    /// How long the whole change took.
     pub took: Duration,
 }
 
@@ -341,6 +424,11 @@ pub enum PlatformError {
 }
 
 impl PlatformError {
+    /// This kind of platform cannot do what was asked, ever.
+    pub fn unsupported(what: &str, kind: PlatformKind) -> Self {
+        PlatformError::Unavailable(format!("{what} is not supported on the {kind} platform"))
+    }
+
     /// An operating-system error with what was tried.
     pub fn os(what: impl Into<String>, error: impl std::fmt::Display) -> Self {
         PlatformError::Os { what: what.into(), error: error.to_string() }

@@ -60,9 +60,37 @@ enum Command {
         /// Its name
         name: String,
     },
+    /// (inside an instance) a store whose memory survives its kernel
+    #[command(hide = true)]
+    Kv {
+        /// Its size in MiB
+        mib: usize,
+    },
+    /// (inside an instance) a service with open files that survive its kernel
+    #[command(hide = true)]
+    Journal {
+        /// The vsock port it serves on
+        port: u32,
+    },
     /// (inside an instance) serve what scenarios ask for
     #[command(hide = true)]
     Tool,
+    /// (inside the primary kernel) have the workload of an instance do something
+    #[command(hide = true)]
+    Ask {
+        /// Its CID
+        cid: u32,
+        /// What
+        line: String,
+    },
+    /// (inside an instance) store to a handover region
+    #[command(hide = true)]
+    Poke {
+        /// Its key
+        key: u64,
+        /// `once` or `for-ever`
+        how: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -78,7 +106,11 @@ fn main() -> ExitCode {
         Command::Bench => host::bench(),
         Command::Build => host::build(),
         Command::Guest { name } => guest::run(&name),
+        Command::Kv { mib } => guest::kv::serve(mib),
+        Command::Journal { port } => guest::journal::serve(port),
         Command::Tool => guest::tool::serve(),
+        Command::Ask { cid, line } => guest::tool::ask(cid, &line),
+        Command::Poke { key, how } => guest::handover::poke(key, &how),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

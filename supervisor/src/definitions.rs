@@ -23,6 +23,19 @@ impl KerfDefinitions {
         libkerf::load_named(&self.dir, name).map(spec).map_err(|e| error(&e))
     }
 
+    /// Have a definition say what its instance is made of now.
+    pub fn put(&self, s: &InstanceSpec) -> Result<(), OpError> {
+        let instance = Instance {
+            name: s.name.clone(),
+            id: s.id.0,
+            cpus: s.cpus.clone(),
+            memory_bytes: s.memory_bytes,
+            memory_base: s.memory_base,
+            file: String::new(),
+        };
+        libkerf::save_named(&self.dir, &instance).map_err(|e| error(&e))
+    }
+
     /// All sound ones; what is wrong with others is logged.
     pub fn every(&self) -> Vec<InstanceSpec> {
         match libkerf::load_all(&self.dir) {

@@ -37,6 +37,7 @@ impl Service {
             }
             Request::Morph(args) => self.tree.morph(args.clone()).await.and_then(|v| encode(&v)),
             Request::MorphRollback { name } => self.tree.morph_rollback(name).await.and_then(|v| encode(&v)),
+            Request::MorphGroup(args) => self.tree.morph_group(args).await.and_then(|v| encode(&v)),
             Request::MorphStatus { name } => self.tree.morph_status(name).await.and_then(|v| encode(&v)),
             Request::Events { filter, follow } => {
                 self.events(filter, *follow, client).await.and_then(|()| encode(&()))

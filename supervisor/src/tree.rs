@@ -90,6 +90,10 @@ impl Definitions for KerfDefinitions {
         self.named(name)
     }
 
+    fn save(&self, spec: &InstanceSpec) -> Result<(), OpError> {
+        self.put(spec)
+    }
+
     fn all(&self) -> Vec<InstanceSpec> {
         self.every()
     }

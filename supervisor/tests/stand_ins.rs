@@ -12,7 +12,7 @@ use kmorph_control::{
     Next, PolicyChange, RecoveryStep, ReloadView, Request,
 };
 use nix::sys::signal::Signal;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -56,6 +56,7 @@ async fn a_new_kernel_takes_an_instance_over() {
             cmdline: None,
             initramfs: None,
             cpus: vec![],
+            memory_bytes: None,
             goal,
             dry_run: false,
         })
@@ -71,6 +72,21 @@ async fn a_new_kernel_takes_an_instance_over() {
     assert_eq!(view.committed, Some(true), "{view:?}");
     let now = daemon.until("one", |v| v.state == InstanceState::Healthy && v.morph.is_none()).await;
     assert_eq!((now.incarnation, now.id), (2, 511));
+    // Its definition says so, what was written by hand is kept, and its neighbour knows where it is.
+    let defined = std::fs::read_to_string(home.path("instances/one.dts")).unwrap();
+    assert!(defined.contains("id = <0x1ff>;"), "{defined}");
+    assert!(std::fs::read_to_string(home.path("instances/one.dts.orig")).unwrap().contains("id = <1>"));
+    let told = UnixStream::connect(home.path("run/2/topology")).await.unwrap();
+    let mut lines = tokio::io::BufReader::new(told).lines();
+    let neighbour = loop {
+        let line = tokio::time::timeout(LIMIT, lines.next_line()).await.unwrap().unwrap().unwrap();
+        let told: kmp::message::Topology = serde_json::from_str(&line).unwrap();
+        let one = told.instances.into_iter().find(|i| i.name == "one");
+        if let Some(one) = one.filter(|i| i.cid == 513 && i.serves) {
+            break one;
+        }
+    };
+    assert!(neighbour.release.contains("6.12") && neighbour.incarnation == 2, "{neighbour:?}");
     assert!(now.release.contains("6.12"), "{now:?}");
     // The old kernel is stopped and gives back what it had; the neighbour noticed nothing.
     let limit = tokio::time::Instant::now() + LIMIT;

@@ -34,6 +34,7 @@ pub fn route(phase: Phase, target: Target) -> Route {
         | Phase::PreparingRecovery
         | Phase::CapturingVmcore
         | Phase::ReclaimingResources
+        | Phase::TakingOver
         | Phase::Held
         | Phase::Restarting => Route::Held,
         Phase::Stopped | Phase::PartialFence | Phase::Degraded => Route::Closed,
@@ -55,6 +56,7 @@ mod tests {
             (Phase::PreparingRecovery, Route::Held),
             (Phase::CapturingVmcore, Route::Held),
             (Phase::ReclaimingResources, Route::Held),
+            (Phase::TakingOver, Route::Held),
             (Phase::Held, Route::Held),
             (Phase::Restarting, Route::Held),
             (Phase::Stopped, Route::Closed),

@@ -18,11 +18,14 @@ use tracing::{debug, info};
 use super::heartbeat::HeartbeatMsg;
 use super::instance::InstanceMsg;
 use super::link::Link;
+use super::topology::Told;
 
 /// Longest time for connecting and the HELLO exchange, each.
 const OPEN_LIMIT: Duration = Duration::from_secs(2);
 /// How long a heartbeat's answer is waited for: later ones only count as late.
 const BEAT_LIMIT: Duration = Duration::from_secs(120);
+/// Sequence of what is not answered.
+const UNASKED: u32 = 0;
 /// Bytes that may wait to be written before heartbeats are left out: the other side does not read.
 const MAX_BACKLOG: usize = 16 << 10;
 /// Waits between attempts to connect. A booting agent needs a while; an answer in time matters more than
@@ -33,7 +36,9 @@ const RECONNECT: Backoff =
 /// What a connection is asked to do.
 pub(crate) enum Command {
     /// Send a heartbeat request; the answer goes to the link.
-    Beat { serial: u64, metrics: bool, guardian_ms: u32, to: Link<HeartbeatMsg> },
+    Beat { serial: u64, request: HeartbeatReq, to: Link<HeartbeatMsg> },
+    /// There is news for the agent.
+    Look,
     /// Ask the agent to stop its workload; the answer is what it did. The connection ends.
     Terminate { grace: Duration, reply: oneshot::Sender<Result<String, String>> },
 }
@@ -46,6 +51,8 @@ pub(crate) struct ConnectionArgs {
     pub(crate) release: String,
     pub(crate) owner: Link<InstanceMsg>,
     pub(crate) seed: u64,
+    /// What the agent is told.
+    pub(crate) topology: Told,
 }
 
 /// Nanoseconds since boot, for frame headers.
@@ -81,7 +88,7 @@ pub(crate) async fn run(args: ConnectionArgs, mut commands: mpsc::Receiver<Comma
                 info!(instance = %args.id, incarnation = args.incarnation, release = %peer.release, "agent connected");
                 (attempt, said_down) = (0, false);
                 args.owner.send(InstanceMsg::ChannelUp { incarnation: args.incarnation, peer });
-                match serve(connection, &mut commands).await {
+                match serve(connection, &mut commands, &args.topology).await {
                     Over::Lost(why) => why,
                     Over::Done => return,
                 }
@@ -113,7 +120,7 @@ pub(crate) async fn run(args: ConnectionArgs, mut commands: mpsc::Receiver<Comma
 /// Without a connection a heartbeat has no answer, and a wish cannot be carried out.
 fn refuse(command: Command, why: &mut String) {
     match command {
-        Command::Beat { .. } => {}
+        Command::Beat { .. } | Command::Look => {}
         // Who asked may have given up waiting.
         Command::Terminate { reply, .. } => drop(reply.send(Err(std::mem::take(why)))),
     }
@@ -154,10 +161,23 @@ async fn open(
     }
 }
 
-async fn serve(mut connection: Connection<Box<dyn Stream>>, commands: &mut mpsc::Receiver<Command>) -> Over {
+async fn serve(
+    mut connection: Connection<Box<dyn Stream>>,
+    commands: &mut mpsc::Receiver<Command>,
+    topology: &Told,
+) -> Over {
     let base = Instant::now();
+    // Whoever is connected anew knows nothing.
+    let mut told = 0;
     let mut beats: Requests<Beat> = Requests::new(RetryPolicy::default(), 0);
     loop {
+        // Before whatever else there is to say; who was not nudged is told with the next heartbeat.
+        if let Some(news) = topology.newer(told) {
+            told = news.generation;
+            if let Err(error) = connection.queue(UNASKED, &Message::Topology((*news).clone())) {
+                return Over::Lost(error.to_string());
+            }
+        }
         let due = beats.next_due().map(|at| base + at);
         tokio::select! {
                 // In order, so that a simulated run replays exactly.
@@ -181,15 +201,16 @@ async fn serve(mut connection: Connection<Box<dyn Stream>>, commands: &mut mpsc:
                     let _ = timeout(Duration::from_millis(100), connection.flush()).await;
                     return Over::Done;
                 }
-                Some(Command::Beat { serial, metrics, guardian_ms, to }) => {
+                Some(Command::Beat { serial, request, to }) => {
                     if connection.backlog() <= MAX_BACKLOG {
                         let sent = Instant::now();
                         let sequence = beats.begin_once(sent - base, BEAT_LIMIT, Beat { serial, sent, to });
-                        if let Err(error) = connection.queue(sequence, &HeartbeatReq { metrics, guardian_ms }.into()) {
+                        if let Err(error) = connection.queue(sequence, &request.into()) {
                             return Over::Lost(error.to_string());
                         }
                     }
                 }
+                Some(Command::Look) => {}
                 Some(Command::Terminate { grace, reply }) => {
                     let done = Box::pin(terminate(&mut connection, grace)).await;
                     // Who asked may have given up waiting.

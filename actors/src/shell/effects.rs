@@ -8,19 +8,23 @@ use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_control::views::{EventKind, RecoveryStep};
 use kmorph_platform::{BootRequest, Booted, ExistingInstance, FenceReport, PlatformError, ReclaimReport};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::children::{ChildDef, Started};
+use super::handover::Use;
 use super::instance::{Env, InstanceMsg, SharedId};
 use super::link::Link;
 use super::log::Draft;
+use super::morph::{Seat, take_over};
 use crate::core::supervisor::ChildSpec;
 use crate::store::{InstanceRecord, StoreError};
 use crate::telemetry;
 
 /// Console records kept for the report of a failed start.
 const CONSOLE_LINES: usize = 20;
+/// Between two tries to start a kernel on what another one is about to leave.
+const BUSY_AGAIN: Duration = Duration::from_millis(50);
 /// Longest time to read a console.
 const CONSOLE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -38,15 +42,25 @@ pub(crate) enum Order {
 pub(crate) enum Effect {
     /// See what the platform has of the instance.
     Look,
-    Boot(BootRequest),
+    Boot {
+        request: Box<BootRequest>,
+        /// Something it needs may be another kernel's for a moment.
+        patient: bool,
+    },
     Fence {
         incarnation: u64,
     },
     Reclaim {
         incarnation: u64,
         release_cpus: bool,
+        /// Its CPUs.
+        own: Vec<u32>,
+        /// CPUs besides its own, or of its own, that the primary gets back then.
+        also: Vec<u32>,
     },
     Capture,
+    /// Have the standby become the instance.
+    TakeOver,
 }
 
 /// What came of it.
@@ -57,6 +71,7 @@ pub(crate) enum Done {
     Fence(Result<FenceReport, String>, Vec<String>),
     Reclaim(Result<Option<ReclaimReport>, String>),
     Capture(Result<String, String>),
+    TakeOver(Result<String, String>),
 }
 
 /// One decision's worth of work.
@@ -141,6 +156,7 @@ pub(crate) struct EffectsArgs {
     /// One effect of an instance at a time, whatever becomes of the actor that began it.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
     pub(crate) progress: Progress,
+    pub(crate) seat: Seat,
 }
 
 /// Milliseconds since the Unix epoch.
@@ -191,7 +207,9 @@ impl EffectsArgs {
             }
         }
         run.record.incident = self.incident.get().map_or(0, |i| i.number);
+        let seat = self.seat.settled(&mut run.record).await;
         self.store("write down what comes next", self.env.store.commit(&run.record, &steps)).await;
+        drop(seat);
         for step in steps {
             let mut draft = Draft::new(EventKind::Recovery, step.detail)
                 .of(&self.name, self.env.group_of(&self.name), step.incarnation)
@@ -205,7 +223,7 @@ impl EffectsArgs {
         *self.progress.lock() = (run.epoch, run.op);
         self.owner.send(InstanceMsg::Ran { epoch: run.epoch, op: run.op });
         if let Some(effect) = run.effect {
-            self.begin(run.epoch, effect);
+            self.begin(run.epoch, effect, Use::of(&run.record));
         }
     }
 
@@ -257,12 +275,12 @@ impl EffectsArgs {
     }
 
     /// Start the effect in a task of its own and see to it that a result comes back.
-    fn begin(&self, epoch: u64, effect: Effect) {
+    fn begin(&self, epoch: u64, effect: Effect, handover: Option<Use>) {
         let (args, owner) = (self.clone(), self.owner.clone());
         let lost = lost(&effect);
         let task = tokio::spawn(async move {
             let _gate = args.gate.lock().await;
-            args.carry_out(effect).await
+            args.carry_out(effect, handover).await
         });
         tokio::spawn(async move {
             let done = match task.await {
@@ -273,16 +291,15 @@ impl EffectsArgs {
         });
     }
 
-    async fn carry_out(&self, effect: Effect) -> Done {
+    async fn carry_out(&self, effect: Effect, handover: Option<Use>) -> Done {
         let (platform, id, limit) = (&self.env.platform, self.id.get(), self.env.config.effect_limit);
         match effect {
             Effect::Look => {
                 Done::Look(within(limit, "ask the platform what runs", platform.existing()).await)
             }
-            Effect::Boot(request) => match platform.boot(&request).await {
-                // Not limited from here: a start that is dropped half-way would leave nobody responsible.
+            Effect::Boot { request, patient } => match self.boot(&request, patient, handover).await {
                 Ok(booted) => Done::Boot(Ok(booted), vec![]),
-                Err(error) => Done::Boot(Err(error.to_string()), self.console().await),
+                Err(why) => Done::Boot(Err(why), self.console().await),
             },
             Effect::Fence { incarnation } => {
                 let fenced = timeout(limit, platform.fence(id, incarnation)).await;
@@ -296,14 +313,75 @@ impl EffectsArgs {
                 };
                 Done::Fence(result, self.console().await)
             }
-            Effect::Reclaim { incarnation, release_cpus } => {
-                match timeout(limit, platform.reclaim(id, incarnation, release_cpus)).await {
+            Effect::Reclaim { incarnation, release_cpus, own, mut also } => {
+                let reclaimed = timeout(limit, platform.reclaim(id, incarnation, release_cpus)).await;
+                if let (Ok(Ok(_) | Err(PlatformError::Unknown(_))), Some(handover)) = (&reclaimed, handover) {
+                    handover.after_reclaim(&**platform).await;
+                }
+                // A daemon before this one has taken it back, and perhaps not seen to the rest.
+                if release_cpus && matches!(reclaimed, Ok(Err(PlatformError::Unknown(_)))) {
+                    also.extend(own);
+                }
+                if !also.is_empty()
+                    && let Err(error) = platform.release_cpus(&also).await
+                {
+                    warn!(instance = %self.name, cpus = ?also, %error, "CPUs that nobody uses stay in the pool");
+                }
+                match reclaimed {
                     Ok(Err(PlatformError::Unknown(_))) => Done::Reclaim(Ok(None)),
                     Ok(result) => Done::Reclaim(result.map(Some).map_err(|e| e.to_string())),
                     Err(_) => Done::Reclaim(Err(format!("it took longer than {limit:?}"))),
                 }
             }
             Effect::Capture => Done::Capture(Err("this daemon has no dump writer".into())),
+            Effect::TakeOver => {
+                Done::TakeOver(take_over(&self.env, &self.name, &self.seat, self.incident.get()).await)
+            }
+        }
+    }
+
+    /// Start a kernel, with the memory it hands over. Not limited from here: a start that is dropped half-way would leave
+    /// nobody responsible.
+    async fn boot(
+        &self,
+        request: &BootRequest,
+        patient: bool,
+        handover: Option<Use>,
+    ) -> Result<Booted, String> {
+        let platform = &*self.env.platform;
+        let Some(handover) = handover else {
+            return self.start(request, patient).await.map_err(|e| e.to_string());
+        };
+        handover.before_boot(platform, self.env.config.effect_limit).await?;
+        let booted = match self.start(request, patient).await {
+            Ok(booted) => booted,
+            Err(error) => {
+                handover.after_reclaim(platform).await;
+                return Err(error.to_string());
+            }
+        };
+        let (id, incarnation) = (request.spec.id, request.incarnation);
+        let Err(why) = handover.after_boot(platform, id, incarnation).await else { return Ok(booted) };
+        // A start that fails leaves nothing behind.
+        let undone = async {
+            let fenced = platform.fence(id, incarnation).await?;
+            if fenced.complete { platform.reclaim(id, incarnation, true).await.map(drop) } else { Ok(()) }
+        };
+        match undone.await {
+            Ok(()) => handover.after_reclaim(platform).await,
+            Err(error) => error!(instance = %self.name, %error, "a start that failed left something behind"),
+        }
+        Err(why)
+    }
+
+    /// Start a kernel, as soon as what it needs is free.
+    async fn start(&self, request: &BootRequest, patient: bool) -> Result<Booted, PlatformError> {
+        let until = Instant::now() + self.env.config.effect_limit;
+        loop {
+            match self.env.platform.boot(request).await {
+                Err(PlatformError::Busy(_)) if patient && Instant::now() < until => sleep(BUSY_AGAIN).await,
+                done => return done,
+            }
         }
     }
 
@@ -341,10 +419,11 @@ async fn within<T>(
 fn lost(effect: &Effect) -> fn(String) -> Done {
     match effect {
         Effect::Look => |e| Done::Look(Err(e)),
-        Effect::Boot(_) => |e| Done::Boot(Err(e), vec![]),
+        Effect::Boot { .. } => |e| Done::Boot(Err(e), vec![]),
         Effect::Fence { .. } => |e| Done::Fence(Err(e), vec![]),
         Effect::Reclaim { .. } => |e| Done::Reclaim(Err(e)),
         Effect::Capture => |e| Done::Capture(Err(e)),
+        Effect::TakeOver => |e| Done::TakeOver(Err(e)),
     }
 }
 

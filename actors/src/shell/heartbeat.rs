@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::actor::{self, Actor, ActorCell, ActorRef, Failure};
 use futures::FutureExt;
 use kmorph_platform::InstanceId;
-use kmp::message::{HeartbeatRsp, Metrics};
+use kmp::message::{HeartbeatReq, HeartbeatRsp, Metrics};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{debug, warn};
@@ -21,6 +21,7 @@ use crate::core::health::Event;
 use crate::core::measure::{BeatStats, BeatTracker, PulseTracker};
 use crate::core::policy::Policy;
 use crate::core::supervisor::ChildSpec;
+use crate::store::{InstanceRecord, Role};
 use crate::telemetry::Beats;
 
 /// Heartbeats asked for by hand that may wait for an answer.
@@ -29,7 +30,7 @@ const MAX_PINGS: usize = 16;
 /// Messages of the heartbeat actor.
 pub(crate) enum HeartbeatMsg {
     /// Watch this life of the instance.
-    Watch { incarnation: u64, policy: Policy },
+    Watch(Watch),
     /// Go on watching by another policy; silence counts from now.
     Policy(Policy),
     /// Watch nothing.
@@ -46,6 +47,22 @@ pub(crate) enum HeartbeatMsg {
     Answer { serial: u64, rtt: Duration, answer: Box<HeartbeatRsp> },
     #[cfg(test)]
     Panic,
+}
+
+/// What is watched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Watch {
+    pub(crate) incarnation: u64,
+    pub(crate) policy: Policy,
+    /// The agent is told that its kernel is the one that serves.
+    pub(crate) serves: bool,
+}
+
+impl Watch {
+    /// The life that is remembered.
+    pub(crate) fn of(r: &InstanceRecord) -> Watch {
+        Watch { incarnation: r.incarnation, policy: r.policy, serves: r.role == Role::Own }
+    }
 }
 
 /// What was read last, for views.
@@ -84,6 +101,7 @@ pub(crate) struct HeartbeatArgs {
 struct Watched {
     incarnation: u64,
     policy: Policy,
+    serves: bool,
     pulse: PulseTracker,
     beats: BeatTracker,
     pings: HashMap<u64, oneshot::Sender<(Duration, u64)>>,
@@ -120,11 +138,12 @@ impl HeartbeatState {
         self.due = Some(Instant::now() + after);
     }
 
-    fn watch(&mut self, incarnation: u64, policy: Policy) {
+    fn watch(&mut self, Watch { incarnation, policy, serves }: Watch) {
         let now = self.now();
         self.watched = Some(Watched {
             incarnation,
             policy,
+            serves,
             pulse: PulseTracker::new(policy.pulse_silence(), now),
             beats: BeatTracker::new(policy.heartbeat_interval(), policy.heartbeat_timeout, now),
             pings: HashMap::new(),
@@ -219,8 +238,8 @@ impl HeartbeatState {
         let w = self.watched.as_mut()?;
         let serial = w.beats.send(now);
         let (id, incarnation, to) = (self.args.id.get(), w.incarnation, self.args.link.clone());
-        let guardian_ms = w.policy.guardian_ms();
-        let beat = Command::Beat { serial, metrics: true, guardian_ms, to };
+        let request = HeartbeatReq { metrics: true, guardian_ms: w.policy.guardian_ms(), serves: w.serves };
+        let beat = Command::Beat { serial, request, to };
         if let Err(command) = self.args.env.connections.command(id, incarnation, beat) {
             self.args.env.transport.send(TransportMsg::Beat { id, incarnation, command });
         }
@@ -304,7 +323,7 @@ impl Actor for Heartbeat {
     ) -> Result<(), Failure> {
         state.args.link.taken();
         match message {
-            HeartbeatMsg::Watch { incarnation, policy } => state.watch(incarnation, policy),
+            HeartbeatMsg::Watch(watch) => state.watch(watch),
             HeartbeatMsg::Policy(policy) => state.policy(policy),
             HeartbeatMsg::Idle => {
                 state.due = None;

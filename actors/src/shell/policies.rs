@@ -15,6 +15,7 @@ use super::log::{Draft, EventLog};
 use super::tree::{ANSWER_LIMIT, Tree, gone};
 use crate::config::Settings;
 use crate::core::policy::{Key, Patch, Policy, PolicyError, Source, hang_bound};
+use crate::store::Role;
 
 impl Settings {
     /// The policy the configuration gives an instance, with what operators set on top.
@@ -107,6 +108,8 @@ impl Tree {
     pub fn policy_export(&self) -> BTreeMap<String, Patch> {
         let all = self.directory.all();
         all.iter()
+            // What standbys and sides of morphs differ in goes with them.
+            .filter(|i| i.record().role == Role::Own)
             .map(|i| (i.name.clone(), i.record().overrides.clone()))
             .filter(|(_, patch)| !patch.is_empty())
             .collect()

@@ -16,6 +16,7 @@ use super::children::{ChildDef, Started};
 use super::connection::{self, Command, ConnectionArgs};
 use super::directory::Directory;
 use super::link::Link;
+use super::topology::Told;
 use crate::core::supervisor::ChildSpec;
 
 /// Commands that may wait for a connection. When it is full the connection is stuck, and a heartbeat more
@@ -46,6 +47,7 @@ pub(crate) struct TransportArgs {
     pub(crate) connections: Connections,
     pub(crate) release: String,
     pub(crate) seed: u64,
+    pub(crate) topology: Told,
 }
 
 struct Entry {
@@ -76,6 +78,20 @@ impl Connections {
             // A full queue means a stuck connection: this heartbeat will count as missed.
             Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
             Err(TrySendError::Closed(command)) => Err(command),
+        }
+    }
+}
+
+impl Connections {
+    /// Have every connection see what it has to tell its agent.
+    pub(crate) fn nudge(&self) {
+        let all = self.read();
+        let mut ids: Vec<&InstanceId> = all.keys().collect();
+        // In order, so that a simulated run replays exactly.
+        ids.sort();
+        for entry in ids.into_iter().filter_map(|id| all.get(id)) {
+            // One whose queue is full sees it by itself.
+            let _ = entry.commands.try_send(Command::Look);
         }
     }
 }
@@ -114,6 +130,7 @@ impl TransportState {
             release: self.args.release.clone(),
             owner,
             seed: self.args.seed ^ u64::from(id.0),
+            topology: self.args.topology.clone(),
         };
         let task = tokio::spawn(connection::run(args, receiver)).abort_handle();
         self.args.connections.write().insert(id, Entry { incarnation, commands: commands.clone(), task });

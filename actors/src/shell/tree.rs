@@ -10,7 +10,7 @@ use kmorph_control::views::{
     HealthView, HeartbeatView, InstanceState, InstanceView, PingView, RecoveryLogArgs, RecoveryStep,
     SpawnArgs,
 };
-use kmorph_platform::{BootRequest, InstanceSpec, Platform, PlatformError};
+use kmorph_platform::{BootRequest, Growth, InstanceSpec, Platform, PlatformError};
 use tokio::sync::{Mutex, oneshot};
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -23,20 +23,24 @@ use super::heartbeat::HeartbeatMsg;
 use super::instance::{self, Env, Instance, InstanceArgs, InstanceMsg, Plan, Reply};
 use super::link::Link;
 use super::log::EventLog;
+use super::morph;
 use super::service::Service;
 use super::supervisor::{SupervisorActor, SupervisorArgs, SupervisorMsg, supervisor_child};
 use super::switch::Switch;
+use super::topology::{self, Broadcast};
 use super::transport::{self, Connections, TransportArgs};
 use super::view;
 use crate::config::{Definitions, StartError, TreeConfig};
 use crate::core::policy::{Key, Patch, Policy};
 use crate::core::recovery::{Goal, Phase, Saved};
 use crate::core::supervisor::{ChildSpec, Flags, Shutdown};
-use crate::store::{InstanceRecord, Role, Store};
+use crate::store::{Handover, InstanceRecord, Role, Store};
 use crate::telemetry::Lag;
 
 /// Longest wait for an actor's answer that needs no work.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Between two looks at a state nobody tells of.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Longest wait for a heartbeat by hand.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 
@@ -82,6 +86,7 @@ impl Tree {
         let instances: Link<SupervisorMsg> = Link::new("instances");
         let transport = Link::new("transport");
         let connections = Connections::default();
+        let topology = Broadcast::new();
         let env = Arc::new(Env {
             config: config.clone(),
             platform: platform.clone(),
@@ -99,8 +104,10 @@ impl Tree {
             instances: instances.clone(),
             admission: Mutex::new(()),
             switch: Switch::new(platform.clone()),
+            topology: topology.clone(),
         });
         remember(&env, &directory, &definitions).await?;
+        morph::sweep(&platform).await;
 
         let children = vec![
             transport::child(TransportArgs {
@@ -110,7 +117,9 @@ impl Tree {
                 connections,
                 release: config.release.clone(),
                 seed: config.seed,
+                topology: topology.told.clone(),
             }),
+            topology::child(env.clone()),
             instances_child(&env, &directory, &instances),
             groups::child(GroupsArgs { env: env.clone(), directory: directory.clone() }),
             events::child(EventsArgs {
@@ -145,6 +154,17 @@ impl Tree {
         let overrides = overrides(&args, before)?;
         let policy = self.env.settings().policy(&args.name, &overrides);
         let policy = policy.map_err(|e| OpError::new(ErrorKind::Usage, format!("policy: {e}")))?;
+        let handover = match args.handover_bytes {
+            0 => None,
+            bytes => {
+                let store = &self.env.store;
+                let key = store.next_incident().await;
+                let key = key.map_err(|e| OpError::new(ErrorKind::Internal, e.to_string()))?;
+                // What the platform cannot do is said before anything is started.
+                self.env.platform.handover_list().await.map_err(|e| refused(&args.name, &e))?;
+                Some(Handover { key, bytes })
+            }
+        };
         let incarnation = known.as_ref().map_or(1, |i| i.record().incarnation + 1);
         let plan = Plan {
             spec: spec.clone(),
@@ -154,8 +174,11 @@ impl Tree {
             initramfs: args.initramfs.as_ref().map(PathBuf::from),
             cmdline: args.cmdline.clone().unwrap_or_default(),
             publish: args.publish.clone(),
+            handover,
+            growth: Growth::default(),
         };
         if self.may_start(known.as_deref()).await {
+            morph::make_way(&self.env, &plan.spec).await?;
             let request = BootRequest {
                 spec: plan.spec.clone(),
                 incarnation,
@@ -163,6 +186,7 @@ impl Tree {
                 initramfs: plan.initramfs.clone(),
                 cmdline: plan.cmdline.clone(),
                 pulse_period: policy.pulse_period,
+                growth: Growth::default(),
             };
             self.env.platform.check(&request).await.map_err(|e| refused(&args.name, &e))?;
         }
@@ -183,7 +207,14 @@ impl Tree {
         let instance = self.instance(name).await?;
         let c = &self.env.config;
         let limit = c.terminate_grace * 2 + c.effect_limit * 4 + instance.record().policy.boot_grace;
-        self.wish(&instance, limit, |reply| InstanceMsg::Terminate { force, reply }).await
+        let ended = self.wish(&instance, limit, |reply| InstanceMsg::Terminate { force, reply }).await?;
+        // What its standby has goes back with the rest.
+        let standby = morph::standby_name(name);
+        let until = Instant::now() + c.effect_limit * 4 + instance.record().policy.boot_grace;
+        while self.directory.get(&standby).is_some() && Instant::now() < until {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(ended)
     }
 
     /// Recover an instance now: fence it, take its resources back, start it again. Returns when it serves.
@@ -306,7 +337,7 @@ impl Tree {
     /// Stop every instance. Returns what could not be stopped.
     pub async fn terminate_all(&self, force: bool) -> Vec<OpError> {
         let running: Vec<Arc<Instance>> =
-            self.directory.all().into_iter().filter(|i| i.record().saved.phase != Phase::Stopped).collect();
+            self.directory.all().into_iter().filter(|i| is_to_stop(&i.record())).collect();
         let ends = running.iter().map(|i| async {
             let ended = self.terminate(&i.name, force).await;
             // One side of a morph may have ended and been forgotten by itself.
@@ -455,6 +486,11 @@ impl Tree {
     }
 }
 
+/// A standby ends with its instance.
+fn is_to_stop(r: &InstanceRecord) -> bool {
+    r.saved.phase != Phase::Stopped && !matches!(r.role, Role::Standby(_))
+}
+
 /// What an operator set of an instance, with what he asks for now.
 fn overrides(args: &SpawnArgs, mut overrides: Patch) -> Result<Patch, OpError> {
     let mut set = |key: Key, value: String| {
@@ -541,15 +577,21 @@ async fn remember(
     let remembered = env.store.load_instances().await?;
     let morphs: Vec<String> =
         remembered.iter().filter_map(|r| r.morph.as_ref()).map(|m| m.side.clone()).collect();
+    let owners: Vec<String> =
+        remembered.iter().filter(|r| r.role == Role::Own).map(|r| r.spec.name.clone()).collect();
     for mut record in remembered {
         let name = record.spec.name.clone();
-        if let Role::Side(of) = &record.role {
+        if let Role::Side(of) | Role::Standby(of) = &record.role {
             if record.saved.phase == Phase::Stopped && !record.saved.held {
                 env.store.forget(&name).await?;
                 continue;
             }
-            if !morphs.contains(&name) {
-                info!(instance = %name, %of, "its morph has ended: it is stopped");
+            let wanted = match &record.role {
+                Role::Standby(of) => owners.contains(of),
+                Role::Side(_) | Role::Own => morphs.contains(&name),
+            };
+            if !wanted {
+                info!(instance = %name, %of, "nobody needs it any more: it is stopped");
                 record.saved = Saved { phase: Phase::PreparingRecovery, goal: Goal::Stop, ..record.saved };
             }
         }

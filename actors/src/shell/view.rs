@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::effects::Incident;
 use super::heartbeat::Readings;
+use super::morph;
 use crate::core::health::{Missing, State as HealthState};
 use crate::core::policy::{AgentSilent, Policy, hang_bound};
 use crate::core::recovery::{Goal, Phase, Saved};
@@ -40,6 +41,7 @@ pub(crate) fn state(phase: Phase, saved: Saved, health: &HealthState, started: b
         | Phase::PreparingRecovery
         | Phase::CapturingVmcore
         | Phase::ReclaimingResources
+        | Phase::TakingOver
         | Phase::Held
         | Phase::Restarting => InstanceState::Recovering,
         Phase::Monitoring => match health {
@@ -92,6 +94,13 @@ pub(crate) fn advice(record: &InstanceRecord, state: InstanceState) -> String {
         InstanceState::Suspect if record.saved.phase == Phase::DetectingFailure => {
             format!("kmorphctl recover {name} or kmorphctl terminate {name}")
         }
+        InstanceState::Healthy if record.morph.is_none() && record.role == Role::Own => {
+            morph::lacks(&record.growth).map_or(String::new(), |lacks| {
+                format!(
+                    "{lacks} missing since the last morph: kmorphctl morph {name}, or kmorphctl recover {name}, brings them back"
+                )
+            })
+        }
         _ => String::new(),
     }
 }
@@ -131,8 +140,12 @@ pub(crate) fn instance(
         kernel: record.kernel.display().to_string(),
         incarnation: record.incarnation,
         recoveries: record.recoveries,
-        cpus: spec.cpus.clone(),
-        memory_bytes: spec.memory_bytes,
+        // What it is to get it does not have. Of one side of a morph that comes on top.
+        cpus: spec.cpus.iter().copied().filter(|c| !record.growth.cpus.contains(c)).collect(),
+        memory_bytes: match record.role {
+            Role::Own => spec.memory_bytes.saturating_sub(record.growth.memory_bytes),
+            Role::Side(_) | Role::Standby(_) => spec.memory_bytes,
+        },
         memory_base: record.region.map(|r| r.base).or(spec.memory_base),
         monitor: record.policy.auto_heal,
         heartbeat_timeout_ms: millis(record.policy.heartbeat_timeout),
@@ -142,10 +155,16 @@ pub(crate) fn instance(
         incident: incident.map(|i| i.number),
         morph: record.morph.as_ref().map(|m| m.saved.phase.name().to_owned()),
         side_of: match &record.role {
-            Role::Own => None,
+            Role::Own | Role::Standby(_) => None,
             Role::Side(of) => Some(of.clone()),
         },
+        standby_of: match &record.role {
+            Role::Own | Role::Side(_) => None,
+            Role::Standby(of) => Some(of.clone()),
+        },
+        standby: None,
         publish: vec![],
+        handover_bytes: 0,
     }
 }
 

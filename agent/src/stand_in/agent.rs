@@ -28,6 +28,7 @@ use crate::clock::boot_ns;
 use crate::guardian::Link;
 use crate::kmsg;
 use crate::serve::{HELLO_LIMIT, Server, on_a_runtime};
+use crate::state::{Address, Over, Reach, is_morph};
 
 /// Bytes a flooding agent keeps waiting to be written, and how often it looks whether there is room.
 const FLOOD: usize = 64 << 10;
@@ -57,16 +58,30 @@ pub fn run(args: &Args, nonce: u64, kernel: Pid, link: Link, orders: OwnedFd) ->
         io: None,
     };
     let server = Arc::new(Server::stand_in(identity, metrics, link));
-    on_a_runtime(listen(server, &args.dir.join("..").join(names::port(args.id, kmp::PORT)), kernel, orders))
+    let workloads = Address::Path(args.dir.join(names::WORKLOADS));
+    let port = args.dir.join("..").join(names::port(args.id, kmp::PORT));
+    let topology = Address::Path(args.dir.join(names::TOPOLOGY));
+    on_a_runtime(listen(server, &port, [workloads, topology], kernel, orders))
 }
 
-async fn listen(server: Arc<Server>, path: &Path, kernel: Pid, orders: OwnedFd) -> Result<(), String> {
+async fn listen(
+    server: Arc<Server>,
+    path: &Path,
+    [workloads, topology]: [Address; 2],
+    kernel: Pid,
+    orders: OwnedFd,
+) -> Result<(), String> {
     let what = |e: io::Error| format!("cannot listen on {}: {e}", path.display());
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(what(e)),
         _ => {}
     }
     let listener = UnixListener::bind(path).map_err(what)?;
+    if let Some(dir) = path.parent() {
+        server.reaches(Reach::Folder(dir.to_owned(), server.identity().instance));
+    }
+    server.hear_workloads(workloads);
+    server.tell_topology(topology);
     kmsg::log(kmsg::INFO, "agent: listening");
     let orders = pipe::Receiver::from_owned_fd(orders).map_err(|e| format!("the pipe for orders: {e}"))?;
     let (manners, manner) = watch::channel(Manner::Normal);
@@ -98,10 +113,12 @@ async fn connection(
     }
     let last = Arc::new(AtomicBool::new(false));
     let stream = Mortal { stream, last: last.clone(), kernel };
-    let mut c = match Connection::accept(stream, server.identity().clone(), boot_ns, HELLO_LIMIT).await {
-        Ok((c, _)) => c,
-        Err(e) => return kmsg::log(kmsg::ERROR, &format!("a connection was not opened: {e}")),
-    };
+    let (mut c, peer) =
+        match Connection::accept(stream, server.identity().clone(), boot_ns, HELLO_LIMIT).await {
+            Ok(opened) => opened,
+            Err(e) => return kmsg::log(kmsg::ERROR, &format!("a connection was not opened: {e}")),
+        };
+    let _held = server.held(&peer);
     let mut lies = 0;
     loop {
         let now = *manner.borrow_and_update();
@@ -124,6 +141,14 @@ async fn connection(
             Event::Unreadable { .. } | Event::Open { .. } => continue,
             Event::Closed { .. } => return,
         };
+        if is_morph(&message) && !matches!(now, Manner::DieMidMessage) {
+            match server.morph(&mut c, header.sequence, message).await {
+                Ok(()) => continue,
+                Err(Over(why)) => {
+                    return kmsg::log(kmsg::INFO, &format!("a connection for a morph ended: {why}"));
+                }
+            }
+        }
         let (mut sequence, mut answer) = (header.sequence, server.answer(&message));
         match now {
             Manner::Slow(ms) => {

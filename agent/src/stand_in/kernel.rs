@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use kmp::stand_in::{Control, Notice, NoticeKind, State, names};
+use kmp::stand_in::{Control, MAX_CPUS, Notice, NoticeKind, State, names};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::unistd::{Pid, pipe2};
 
 use super::fault::{Fault, Manner};
+use super::user::User;
 use super::{Args, agent};
 use crate::guardian::Keeper;
 use crate::{clock, kmsg};
@@ -36,6 +37,7 @@ pub struct Kernel {
     /// Ordered on the command line: when, what.
     ordered: VecDeque<(Duration, Fault)>,
     keeper: Keeper,
+    user: Option<User>,
     /// Orders to the agent that runs.
     orders: Option<File>,
     /// Who waits to hear that a fault is there.
@@ -91,6 +93,7 @@ impl Kernel {
             faults,
             ordered: ordered.into_iter().map(|(after, fault)| (now + after, fault)).collect(),
             keeper: Keeper::new(),
+            user: None,
             orders: None,
             asker: None,
             notice: None,
@@ -98,6 +101,7 @@ impl Kernel {
         };
         kernel.write();
         kernel.say(NoticeKind::Ready);
+        kernel.user = User::start(&kernel.args.dir, kernel.args.id, &kernel.args.cmdline);
         Ok(kernel)
     }
 
@@ -143,6 +147,10 @@ impl Kernel {
         if self.next_beat <= now {
             // Late: beats that did not happen are not made up.
             self.next_beat = now + self.args.period;
+        }
+        if let Some(ended) = self.user.as_mut().and_then(User::ended) {
+            self.user = None;
+            kmsg::log(kmsg::ERROR, &format!("init ended: {ended:?}"));
         }
         for count in &mut self.control.beats {
             *count = count.wrapping_add(1);
@@ -192,9 +200,29 @@ impl Kernel {
             Err(e) => return kmsg::log(kmsg::ERROR, &format!("fault socket: {e}")),
         };
         self.asker = Some(from);
-        match Fault::parse(&String::from_utf8_lossy(&buf[..n])) {
+        let text = String::from_utf8_lossy(&buf[..n]);
+        if let Some(cpus) = text.strip_prefix("grow ") {
+            return self.grow(cpus);
+        }
+        match Fault::parse(&text) {
             Ok(fault) => self.carry_out(fault),
             Err(why) => self.answer(&why),
+        }
+    }
+
+    /// Beat on more CPUs from now on.
+    fn grow(&mut self, cpus: &str) {
+        match cpus.parse::<usize>() {
+            Ok(n) if (self.control.beats.len()..=MAX_CPUS).contains(&n) => {
+                kmsg::log(kmsg::INFO, &format!("CPUs: {n}"));
+                self.control.beats.resize(n, 1);
+                self.write();
+                self.answer("ok");
+            }
+            _ => {
+                let has = self.control.beats.len();
+                self.answer(&format!("it has {has} CPUs and cannot have {cpus:?}; {MAX_CPUS} are the most"));
+            }
         }
     }
 

@@ -7,6 +7,7 @@ mod agent;
 mod fault;
 mod kernel;
 mod order;
+mod user;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

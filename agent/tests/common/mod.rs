@@ -87,6 +87,7 @@ impl Bench {
             initramfs: None,
             cmdline: cmdline.into(),
             pulse_period: Duration::from_millis(10),
+            growth: Default::default(),
         }
     }
 
@@ -231,7 +232,7 @@ pub async fn fault_said(dir: &Path, id: &str, fault: &str) -> (bool, String) {
 }
 
 pub fn ask(link: &mut Link, sequence: u32, guardian_ms: u32) {
-    link.queue(sequence, &HeartbeatReq { metrics: true, guardian_ms }.into()).unwrap();
+    link.queue(sequence, &HeartbeatReq { metrics: true, guardian_ms, serves: false }.into()).unwrap();
 }
 
 /// The answer to a heartbeat; `None` when the connection ended.

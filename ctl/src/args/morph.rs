@@ -33,9 +33,13 @@ pub struct NewKernel {
     /// Its initramfs (default: that of the old kernel)
     #[arg(long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
-    /// Physical ids of the CPUs it gets (default: any that no instance has)
+    /// Physical ids of the CPUs it starts with, one at least (default: any that no instance has). What is missing of the
+    /// instance's number it gets of the old kernel
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub cpus: Vec<u32>,
+    /// Memory it starts with, like 128M; the rest it gets of the old kernel (default: all of it, if there is room)
+    #[arg(long, value_name = "SIZE", value_parser = super::size)]
+    pub memory: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -73,5 +77,23 @@ pub enum MorphStep {
     Status {
         /// Instance name
         instance: String,
+    },
+    /// Morph the members of a group, together (all are validated before the first is committed) or one by one
+    Group {
+        /// Group name
+        group: String,
+        /// The new kernel: a 64-bit bzImage; without it, go on with the morphs that are under way
+        #[arg(long, value_name = "VMLINUZ", required_unless_present_any = ["commit", "rollback"])]
+        kernel: Option<PathBuf>,
+        /// Commit all when all are valid
+        #[arg(long, visible_alias = "auto-commit")]
+        commit: bool,
+        /// Prepare, validate and commit each before the next begins, after its clients were moved to the others; when one
+        /// fails, those before it get their former kernel back. Needs CPUs and memory for one new kernel only
+        #[arg(long, requires = "kernel", conflicts_with = "rollback")]
+        one_by_one: bool,
+        /// Roll all back
+        #[arg(long, conflicts_with_all = ["kernel", "commit"])]
+        rollback: bool,
     },
 }

@@ -70,6 +70,11 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// The connection turned out to have this role.
+    pub fn set_role(&mut self, role: Role) {
+        self.limit = role.frame_limit();
+    }
+
     /// A decoder for a connection of this role, for the versions of this crate.
     pub fn new(role: Role) -> Decoder {
         Decoder {

@@ -38,6 +38,11 @@ pub struct Encoder {
 }
 
 impl Encoder {
+    /// The connection turned out to have this role.
+    pub fn set_role(&mut self, role: Role) {
+        self.role = role;
+    }
+
     /// An encoder for a connection of this role.
     pub fn new(role: Role) -> Encoder {
         Encoder { role, version: crate::VERSION }

@@ -71,6 +71,9 @@ pub struct HeartbeatReq {
     /// restarts it, anything else also restarts it when it was stuck for so many milliseconds.
     #[serde(skip_serializing_if = "is_zero")]
     pub guardian_ms: u32,
+    /// This kernel is the one that serves: its workloads may begin.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub serves: bool,
 }
 
 /// [`HeartbeatReq::guardian_ms`] of a guardian that restarts nothing: the operator is told only.

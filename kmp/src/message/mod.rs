@@ -8,6 +8,7 @@ mod fault;
 mod health;
 mod morph;
 mod recovery;
+mod topology;
 mod wire;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ pub use fault::*;
 pub use health::*;
 pub use morph::*;
 pub use recovery::*;
+pub use topology::*;
 pub use wire::Blob;
 
 /// Outcome of a request whose answer has the same message type: absent in the request, present in the
@@ -114,6 +116,8 @@ messages! {
     HeartbeatRsp = 0x0102, "HEARTBEAT_RSP";
     /// A report nobody asked for.
     HealthStatus = 0x0103, "HEALTH_STATUS";
+    /// To every instance: which kernels there are, and where.
+    Topology = 0x0104, "TOPOLOGY";
     /// To surviving kernels: an instance failed and is being recovered.
     RecoverPrepare = 0x0201, "RECOVER_PREPARE";
     /// To surviving kernels: these resources of a failed instance go back to the pool.

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::wire::is_zero;
 use super::{Blob, Reply};
 
 /// A morph begins.
@@ -29,9 +30,14 @@ pub struct Section {
     pub compatible: String,
     /// Name among sections of its kind.
     pub name: String,
-    /// Bytes to expect, 0 when unknown.
+    /// Bytes to expect at most, 0 when unknown.
     pub size: u64,
+    /// Version of its layout. A side takes sections of its own version and of earlier ones.
+    pub version: u32,
 }
+
+/// Among the capabilities: pieces go from kernel to kernel, and not through the daemon.
+pub const DIRECT: &str = "direct";
 
 /// What a side can hand over or take.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,14 +47,27 @@ pub struct MorphNegotiate {
     pub morph: u64,
     /// Abilities by name.
     pub capabilities: Vec<String>,
-    /// Sections offered, or in the answer accepted.
+    /// In the answer of a side that takes state with [`DIRECT`]: what the other side has to say to be let in.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub token: u64,
+    /// Memory that both kernels have and the one with the state writes, by its key; 0: there is none. In the answer of
+    /// the side that takes state: 0 when it cannot be used.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub window: u64,
+    /// Sections offered, or in the answer accepted. A request without any asks for offers.
     pub sections: Vec<Section>,
+    /// How long to wait for workloads that are still starting, milliseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub wait_ms: u64,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,
 }
 
-/// A piece of a section.
+/// A piece of a section; a request for a round of them; the end of a round.
+///
+/// The side that has the state is asked with an empty one, and answers with pieces and an end, all with the sequence of
+/// the request. The side that takes it gets pieces, which it does not answer, and an end, which it does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MorphTransferState {
@@ -62,8 +81,40 @@ pub struct MorphTransferState {
     pub offset: u64,
     /// The piece.
     pub data: Blob,
-    /// Last piece of the section in this round.
+    /// Nothing more comes in this round.
     pub last: bool,
+    /// In a request: have the workload stand still first. The answer is followed by MORPH_VALIDATE with the digests.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub freeze: bool,
+    /// In a request: have the workload change its state at no more than the rest of its pace, in percent, from now
+    /// on; 0 lifts that; absent leaves it as it is. In the end of that round: what is kept by every workload that
+    /// has a section. The detail of the reply says why that is less than was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<u8>,
+    /// In a request: give the pieces to the kernel of this instance, 0: to whoever asks.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub peer: u16,
+    /// In a request with `peer`: what that one said in its [`MorphNegotiate`].
+    #[serde(skip_serializing_if = "is_zero")]
+    pub token: u64,
+    /// In a request with `peer`: the key of the memory that pieces are put into, 0: none.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub window: u64,
+    /// In the end of a round that went directly: bytes of it that were put into that memory.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub shared: u64,
+    /// In the end of a round: its pieces went from kernel to kernel.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub direct: bool,
+    /// In the end of a round that went directly: bytes of its pieces.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub bytes: u64,
+    /// The others of them, as they were sent: some are compressed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub sent: u64,
+    /// In the end of a round that froze the workload: how long that took, nanoseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub froze_ns: u64,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,
@@ -81,7 +132,7 @@ pub struct SectionDigest {
     pub digest: Blob,
 }
 
-/// What the sender sent, for the receiver to compare with what it has.
+/// What the sender sent, for the receiver to compare with what it has. Without digests it asks for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MorphValidate {
@@ -94,20 +145,20 @@ pub struct MorphValidate {
     pub reply: Option<Reply>,
 }
 
-/// The decision is in the journal: the new kernel serves.
+/// The decision is in the journal: one kernel serves, the other never again. Said again it changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MorphCommit {
     /// Morph.
     pub morph: u64,
-    /// Number of the commit record in the journal.
-    pub record: u64,
+    /// This kernel is the one that serves: its workloads are activated. The other's are retired.
+    pub serves: bool,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,
 }
 
-/// The old kernel goes on; the new one throws received state away.
+/// The old kernel goes on; the new one throws received state away. Said again it changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MorphRollback {
@@ -115,6 +166,8 @@ pub struct MorphRollback {
     pub morph: u64,
     /// Why.
     pub reason: String,
+    /// This kernel is the one that goes on: its workloads are thawed. The other's forget what they received.
+    pub serves: bool,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,

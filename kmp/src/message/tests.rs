@@ -87,9 +87,10 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         ".{0,30}".prop_map(|detail| ByeAck { detail }.into()),
     ];
     let health = prop_oneof![
-        (any::<bool>(), any::<u32>()).prop_map(|(metrics, guardian_ms)| HeartbeatReq {
+        any::<(bool, u32, bool)>().prop_map(|(metrics, guardian_ms, serves)| HeartbeatReq {
             metrics,
-            guardian_ms
+            guardian_ms,
+            serves
         }
         .into()),
         (any::<(u64, Option<u64>, Option<u32>, u32)>(), metrics()).prop_map(
@@ -101,6 +102,12 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
             let level = [HealthLevel::Ok, HealthLevel::Degraded, HealthLevel::Critical][l as usize];
             HealthStatus { level, reason, metrics }.into()
         }),
+        (any::<(u64, u16, u32, u64, bool, u64)>(), ".{0,20}", prop::collection::vec(any::<u32>(), 0..5))
+            .prop_map(|((generation, id, cid, incarnation, serves, memory_bytes), name, cpus)| {
+                let release = name.clone();
+                let one = Neighbour { name, id, cid, incarnation, serves, release, cpus, memory_bytes };
+                Topology { generation, instances: vec![one] }.into()
+            }),
     ];
     let recovery = prop_oneof![
         (any::<(u64, u16, u64)>(), ".{0,30}", reply()).prop_map(
@@ -134,30 +141,51 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         (any::<u64>(), names(), names(), reply()).prop_map(|(morph, capabilities, s, reply)| {
             let sections = s
                 .into_iter()
-                .map(|compatible| Section { name: "x".into(), size: compatible.len() as u64, compatible })
+                .map(|compatible| Section {
+                    name: "x".into(),
+                    size: compatible.len() as u64,
+                    version: compatible.len() as u32,
+                    compatible,
+                })
                 .collect();
-            MorphNegotiate { morph, capabilities, sections, reply }.into()
+            let (token, window, wait_ms) = (morph / 3, morph / 5, morph / 2);
+            MorphNegotiate { morph, capabilities, token, window, sections, wait_ms, reply }.into()
         }),
-        (any::<(u64, u32, u32, u64, bool)>(), blob(), reply()).prop_map(|(n, data, reply)| {
-            MorphTransferState { morph: n.0, round: n.1, section: n.2, offset: n.3, data, last: n.4, reply }
+        (any::<(u64, u32, u32, u64, bool, bool, Option<u8>)>(), any::<(u16, u64, bool)>(), blob(), reply())
+            .prop_map(|(n, (peer, token, direct), data, reply)| {
+                let (morph, round, section, offset, last, freeze, throttle) = n;
+                let (froze_ns, bytes, sent) = (offset, offset / 2, token / 2);
+                let (window, shared) = (token / 3, offset / 3);
+                MorphTransferState {
+                    morph,
+                    round,
+                    section,
+                    offset,
+                    data,
+                    last,
+                    freeze,
+                    throttle,
+                    peer,
+                    token,
+                    window,
+                    shared,
+                    direct,
+                    bytes,
+                    sent,
+                    froze_ns,
+                    reply,
+                }
                 .into()
-        }),
-        (any::<(u64, u32)>(), blob(), reply()).prop_map(|((morph, section), digest, reply)| {
-            let digests = vec![SectionDigest { section, algorithm: "sha256".into(), digest }];
-            MorphValidate { morph, digests, reply }.into()
-        }),
-        (any::<(u64, u64)>(), reply()).prop_map(|((morph, record), reply)| MorphCommit {
+            }),
+        (any::<(u64, bool)>(), reply()).prop_map(|((morph, serves), reply)| MorphCommit {
             morph,
-            record,
+            serves,
             reply
         }
         .into()),
-        (any::<u64>(), ".{0,20}", reply()).prop_map(|(morph, reason, reply)| MorphRollback {
-            morph,
-            reason,
-            reply
-        }
-        .into()),
+        (any::<(u64, bool)>(), ".{0,20}", reply()).prop_map(|((morph, serves), reason, reply)| {
+            MorphRollback { morph, reason, serves, reply }.into()
+        }),
     ];
     let fault = prop_oneof![
         ".{0,40}".prop_map(|message| Error { code: ErrorCode::WrongInstance, message }.into()),
@@ -172,14 +200,14 @@ fn codes_and_groups_are_the_ones_of_the_protocol() {
     assert_eq!(
         codes,
         [
-            1, 2, 3, 4, 0x101, 0x102, 0x103, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x301, 0x302, 0x303,
-            0x304, 0x305, 0x306, 0xF00, 0xF01
+            1, 2, 3, 4, 0x101, 0x102, 0x103, 0x104, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x301, 0x302,
+            0x303, 0x304, 0x305, 0x306, 0xF00, 0xF01
         ]
     );
     for &t in MessageType::ALL {
         assert_eq!(MessageType::from_code(t as u16), Some(t));
     }
-    assert_eq!(MessageType::from_code(0x0104), None);
+    assert_eq!(MessageType::from_code(0x0105), None);
 }
 
 #[test]
@@ -195,7 +223,10 @@ fn unknown_types_and_bad_payloads_are_told_apart() {
 fn missing_fields_have_defaults_and_unknown_ones_are_skipped() {
     // {"metrics": true, "later": {"a": [1, 2]}}
     let newer = b"\x82\xa7metrics\xc3\xa5later\x81\xa1a\x92\x01\x02";
-    assert_eq!(Message::read(0x0101, newer).unwrap(), HeartbeatReq { metrics: true, guardian_ms: 0 }.into());
+    assert_eq!(
+        Message::read(0x0101, newer).unwrap(),
+        HeartbeatReq { metrics: true, ..Default::default() }.into()
+    );
     assert_eq!(Message::read(0x0101, b"\x80").unwrap(), HeartbeatReq::default().into());
     assert_eq!(Message::read(0x0101, b"").unwrap(), HeartbeatReq::default().into());
 }
@@ -225,7 +256,7 @@ fn the_guardians_fields_are_nothing_to_the_release_before() {
         m.write_payload(&mut out).unwrap();
         out
     };
-    let req = |guardian_ms| Message::from(HeartbeatReq { metrics: true, guardian_ms });
+    let req = |guardian_ms| Message::from(HeartbeatReq { metrics: true, guardian_ms, serves: false });
     let rsp =
         |agent_restarts| Message::from(HeartbeatRsp { incarnation: 7, agent_restarts, ..Default::default() });
     // Unused, they are not on the wire at all.

@@ -70,8 +70,8 @@ impl<'de> Deserialize<'de> for Blob {
 }
 
 /// Fields that are usually 0 are left out: they cost nothing then, and an older reader never sees them.
-pub(super) fn is_zero(v: &u32) -> bool {
-    *v == 0
+pub(super) fn is_zero<T: Default + PartialEq>(v: &T) -> bool {
+    *v == T::default()
 }
 
 /// Figures that need no double precision travel as 32-bit floats: a heartbeat fits one interrupt.

@@ -77,7 +77,7 @@ impl Session {
         Session::new(target, false, Phase::Idle)
     }
 
-    /// The agent's side. `identity` says who it is.
+    /// The agent's side. `identity` says who it is; the connection is for what the client wants it for.
     pub fn server(identity: Hello) -> Session {
         Session::new(identity, true, Phase::AwaitHello)
     }
@@ -183,7 +183,12 @@ impl Session {
     fn message(&mut self, header: Header, message: Message, now_ns: u64) {
         let input = match &message {
             Message::Hello(hello) => match self.judge_client(hello) {
-                Ok(version) => self.accept(version, Input::HelloGood),
+                Ok(version) => {
+                    if self.phase == Phase::AwaitHello {
+                        self.take_role(hello.role);
+                    }
+                    self.accept(version, Input::HelloGood)
+                }
                 Err(error) => self.refuse(error, Input::HelloBad),
             },
             Message::HelloAck(ack) => match self.judge_server(ack) {
@@ -220,6 +225,13 @@ impl Session {
         self.events.push_back(Event::Unreadable { header, error });
     }
 
+    /// The client says what the connection is for.
+    fn take_role(&mut self, role: Role) {
+        self.local.role = role;
+        self.decoder.set_role(role);
+        self.encoder.set_role(role);
+    }
+
     fn accept(&mut self, version: u16, input: Input) -> Input {
         self.agreed = version;
         input
@@ -236,7 +248,7 @@ impl Session {
         let theirs = Versions { min: hello.min_version, max: hello.max_version };
         let version = version::negotiate(Versions::OURS, theirs)
             .map_err(|e| ErrorMessage::new(ErrorCode::Version, e.to_string()))?;
-        self.same_identity(hello.instance, hello.incarnation, hello.boot_nonce, hello.role)?;
+        self.same_identity(hello.instance, hello.incarnation, hello.boot_nonce)?;
         Ok(version)
     }
 
@@ -245,17 +257,16 @@ impl Session {
         let theirs = Versions { min: ack.version, max: ack.version };
         let version = version::negotiate(Versions::OURS, theirs)
             .map_err(|e| ErrorMessage::new(ErrorCode::Version, e.to_string()))?;
-        self.same_identity(ack.instance, ack.incarnation, ack.boot_nonce, ack.role)?;
+        self.same_identity(ack.instance, ack.incarnation, ack.boot_nonce)?;
+        if ack.role != self.local.role {
+            let text =
+                format!("the role is {:?} on the other side and {:?} on this one", ack.role, self.local.role);
+            return Err(ErrorMessage::new(ErrorCode::WrongInstance, text));
+        }
         Ok(version)
     }
 
-    fn same_identity(
-        &self,
-        instance: u16,
-        incarnation: u64,
-        nonce: u64,
-        role: Role,
-    ) -> Result<(), ErrorMessage> {
+    fn same_identity(&self, instance: u16, incarnation: u64, nonce: u64) -> Result<(), ErrorMessage> {
         let mine = &self.local;
         let differ = |a: u64, b: u64| a != 0 && b != 0 && a != b;
         let error = |what: &str, theirs: String, ours: String| {
@@ -270,9 +281,6 @@ impl Session {
         }
         if differ(nonce, mine.boot_nonce) {
             return error("the boot nonce", format!("{nonce:#x}"), format!("{:#x}", mine.boot_nonce));
-        }
-        if role != mine.role {
-            return error("the role", format!("{role:?}"), format!("{:?}", mine.role));
         }
         Ok(())
     }

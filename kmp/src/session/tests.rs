@@ -132,10 +132,6 @@ fn the_wrong_instance_life_or_boot_is_refused_on_both_sides() {
         (hello(4, 7, 0), "the instance is 4 on the other side and 3 on this one"),
         (hello(3, 8, 0), "the incarnation is 8 on the other side and 7 on this one"),
         (hello(3, 7, 0xdead), "the boot nonce is 0xdead on the other side and 0xfeed on this one"),
-        (
-            Hello { role: Role::Bulk, ..hello(3, 7, 0) },
-            "the role is Bulk on the other side and Control on this one",
-        ),
     ] {
         let mut c = Session::client(target);
         let mut s = Session::server(hello(3, 7, 0xfeed));
@@ -145,17 +141,43 @@ fn the_wrong_instance_life_or_boot_is_refused_on_both_sides() {
         assert_eq!(c.poll(), Some(Event::Closed { end: End::RefusedByPeer, detail: what.into() }));
     }
     // A server that does not check: the client does.
-    let mut c = Session::client(hello(3, 8, 0));
+    for (target, what) in [
+        (hello(3, 8, 0), "incarnation"),
+        (Hello { role: Role::Bulk, ..hello(3, 7, 0) }, "the role is Control"),
+    ] {
+        let mut c = Session::client(target);
+        c.start(0);
+        c.output().clear();
+        let mut bytes = BytesMut::new();
+        let ack = HelloAck { version: 1, instance: 3, incarnation: 7, ..HelloAck::default() };
+        Encoder::new(Role::Control).encode(&ack.into(), 0, 0, &mut bytes).unwrap();
+        c.receive(&bytes, 0);
+        assert!(
+            matches!(c.poll(), Some(Event::Closed { end: End::Refused, detail }) if detail.contains(what))
+        );
+        assert!(!c.output().is_empty(), "the server is told");
+    }
+}
+
+#[test]
+fn the_client_says_what_the_connection_is_for() {
+    let mut c = Session::client(Hello { role: Role::Bulk, ..hello(3, 7, 0) });
+    let mut s = Session::server(hello(3, 7, 0xfeed));
     c.start(0);
-    c.output().clear();
-    let mut bytes = BytesMut::new();
-    let ack = HelloAck { version: 1, instance: 3, incarnation: 7, ..HelloAck::default() };
-    Encoder::new(Role::Control).encode(&ack.into(), 0, 0, &mut bytes).unwrap();
-    c.receive(&bytes, 0);
-    assert!(
-        matches!(c.poll(), Some(Event::Closed { end: End::Refused, detail }) if detail.contains("incarnation"))
-    );
-    assert!(!c.output().is_empty(), "the server is told");
+    pump(&mut c, &mut s);
+    assert_eq!((s.role(), c.phase(), s.phase()), (Role::Bulk, Phase::Open, Phase::Open));
+    // Larger than what a control connection carries, both ways.
+    let big: Message =
+        crate::message::VmcoreData { data: vec![1; 300_000].into(), ..Default::default() }.into();
+    c.send(1, &big, 0).unwrap();
+    s.send(1, &big, 0).unwrap();
+    pump(&mut c, &mut s);
+    for x in [&mut c, &mut s] {
+        assert!(
+            std::iter::from_fn(|| x.poll())
+                .any(|e| matches!(e, Event::Message { message, .. } if message == big))
+        );
+    }
 }
 
 #[test]

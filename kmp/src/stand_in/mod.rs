@@ -14,7 +14,7 @@ pub const VERSION: u32 = 1;
 /// Bytes of text in a control file or a notice.
 pub const TEXT: usize = 128;
 
-/// Names of files in the folder of an instance, and of sockets in the folder above.
+/// Names of files in the folder of an instance, and of sockets and windows in the folder above.
 pub mod names {
     /// Control file.
     pub const CONTROL: &str = "control";
@@ -24,12 +24,21 @@ pub mod names {
     pub const LOCK: &str = "lock";
     /// Socket on which faults are ordered.
     pub const FAULT: &str = "fault";
+    /// Socket workloads connect to with their state.
+    pub const WORKLOADS: &str = "workloads";
+    /// Socket that tells which instances there are.
+    pub const TOPOLOGY: &str = "topology";
     /// Socket of the daemon for notices, in the folder above.
     pub const EVENTS: &str = "events";
 
     /// Name of the socket that stands for a port of the instance, in the folder above.
     pub fn port(instance: u16, port: u32) -> String {
         format!("{}_{port}", u32::from(instance) + 2)
+    }
+
+    /// Name of the file that is a window between two instances, in the folder above.
+    pub fn window(key: u64) -> String {
+        format!("window-{key:016x}")
     }
 }
 

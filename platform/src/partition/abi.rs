@@ -4,7 +4,7 @@
 #![allow(dead_code)] // the ABI is mirrored whole, so that the comparison covers all of it
 
 /// ABI version this crate was written for.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// Most CPUs an instance can have.
 pub const MAX_CPUS: usize = 64;
 /// Most pool ranges.
@@ -13,6 +13,14 @@ pub const MAX_POOL: usize = 32;
 pub const MAX_MACHINE_CPUS: usize = 256;
 /// Entries of the instance list.
 pub const MAX_LISTED: usize = 16;
+/// Most handover regions.
+pub const MAX_HANDOVERS: usize = 32;
+/// Most ranges of memory an instance can get while it runs.
+pub const MAX_EXTENTS: usize = 8;
+/// Handover regions start at multiples of this, and are multiples of it long.
+pub const HANDOVER_ALIGN: u64 = 0x20_0000;
+/// Longest wait for a writer to confirm that it no longer is one.
+pub const HANDOVER_MAX_US: u32 = 10_000_000;
 /// Bytes of text in an event.
 pub const EVENT_TEXT: usize = 128;
 
@@ -163,6 +171,31 @@ pub struct Instance {
     pub low_size: u64,
     pub started_ns: u64,
     pub stopped_cpus: u64,
+    pub extent_count: u32,
+    pub reserved: u32,
+    pub extent: [Extent; MAX_EXTENTS],
+}
+
+/// `struct kmorph_extent`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Extent {
+    pub base: u64,
+    pub size: u64,
+}
+
+/// `struct kmorph_memory`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Memory {
+    pub head: Head,
+    pub instance: u32,
+    pub reserved: u32,
+    pub base: u64,
+    pub size: u64,
+    pub memory_block: u64,
 }
 
 /// `struct kmorph_instance_list`.
@@ -226,7 +259,57 @@ pub struct LinkReq {
     pub reserved: u32,
 }
 
+/// `struct kmorph_handover`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Handover {
+    pub head: Head,
+    pub key: u64,
+    pub size: u64,
+    pub base: u64,
+    pub writer: u32,
+    pub share_count: u32,
+    pub share: [u32; MAX_LISTED],
+}
+
+/// `struct kmorph_handover_list`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct HandoverList {
+    pub head: Head,
+    pub count: u32,
+    pub reserved: u32,
+    pub region: [Handover; MAX_HANDOVERS],
+}
+
+/// `struct kmorph_handover_share`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct HandoverShare {
+    pub head: Head,
+    pub key: u64,
+    pub incarnation: u64,
+    pub instance: u32,
+    pub timeout_us: u32,
+}
+
+/// `struct kmorph_handover_assign`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct HandoverAssign {
+    pub head: Head,
+    pub key: u64,
+    pub instance: u32,
+    pub timeout_us: u32,
+    pub revoke_ns: u64,
+}
+
 versioned!(Info, Pool, PoolList, Cpu, CpuList, Instance, InstanceList, Start, Stop, Ref, LinkReq);
+versioned!(Memory, Handover, HandoverList, HandoverShare, HandoverAssign);
 
 /// `enum kmorph_event_type`.
 pub mod event_type {
@@ -269,9 +352,13 @@ pub mod ctl {
     /// "KMRPHCTL".
     pub const MAGIC: u64 = 0x4c54_4348_5052_4d4b;
     /// Layout version.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 3;
     /// Offset of the primary's part.
     pub const OFF_PRIMARY: usize = 0;
+    /// Offset of what the instance is granted.
+    pub const OFF_GRANTS: usize = 0x200;
+    /// Ranges of memory that can be granted.
+    pub const EXTENTS: usize = 8;
     /// Offset of the first link.
     pub const OFF_LINK: usize = 0x440;
     /// Links of an instance.
@@ -282,6 +369,10 @@ pub mod ctl {
     pub const OFF_INSTANCE: usize = 0x1000;
     /// Offset of the pulse lines.
     pub const OFF_PULSE: usize = 0x2000;
+    /// Offset of the first handover region.
+    pub const OFF_HANDOVER: usize = 0x3040;
+    /// Handover regions of an instance.
+    pub const HANDOVERS: usize = 32;
     /// Pulse lines.
     pub const CPUS: usize = 64;
     /// Bytes of the reason text.
@@ -328,6 +419,17 @@ pub mod ctl {
         pub reserved: u32,
     }
 
+    /// `struct kmorph_ctl_handover`.
+    #[repr(C)]
+    #[allow(missing_docs)]
+    pub struct Handover {
+        pub key: u64,
+        pub base: u64,
+        pub size: u64,
+        pub writer: u32,
+        pub reserved: [u32; 9],
+    }
+
     /// `struct kmorph_ctl_instance`.
     #[repr(C)]
     #[allow(missing_docs)]
@@ -340,9 +442,35 @@ pub mod ctl {
         pub end_tsc: u64,
         pub end_cpu: u32,
         pub notices: u32,
-        pub reserved: u64,
+        pub links_seen: u32,
+        pub handovers_seen: u32,
         pub release: [u8; 64],
         pub text: [u8; TEXT],
+        pub grants_seen: u32,
+        pub grants_error: u32,
+        pub grants_what: u64,
+        pub memory_block: u64,
+        pub memory_added: u64,
+    }
+
+    /// `struct kmorph_ctl_extent`.
+    #[repr(C)]
+    #[allow(missing_docs)]
+    pub struct Extent {
+        pub base: u64,
+        pub size: u64,
+    }
+
+    /// `struct kmorph_ctl_grants`.
+    #[repr(C)]
+    #[allow(missing_docs)]
+    pub struct Grants {
+        pub generation: u32,
+        pub cpu_count: u32,
+        pub extent_count: u32,
+        pub reserved: u32,
+        pub apicid: [u32; CPUS],
+        pub extent: [Extent; EXTENTS],
     }
 
     /// `struct kmorph_ctl_pulse`.

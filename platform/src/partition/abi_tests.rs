@@ -18,7 +18,7 @@ macro_rules! compare {
 
 fn assertions() -> String {
     let mut o =
-        String::from("#include <stddef.h>\n#include \"kmorph_abi.h\"\n#include \"kmorph_shared.h\"\n");
+        String::from("#include <stddef.h>\n#include \"kmorph_handover.h\"\n#include \"kmorph_shared.h\"\n");
     compare!(
         o,
         "kmorph_info",
@@ -59,7 +59,28 @@ fn assertions() -> String {
         low_base = "low_base",
         low_size = "low_size",
         started_ns = "started_ns",
-        stopped_cpus = "stopped_cpus"
+        stopped_cpus = "stopped_cpus",
+        extent_count = "extent_count",
+        extent = "extent"
+    );
+    compare!(
+        o,
+        "kmorph_memory",
+        Memory,
+        instance = "instance",
+        base = "base",
+        size = "size",
+        memory_block = "memory_block"
+    );
+    compare!(
+        o,
+        "kmorph_ctl_grants",
+        ctl::Grants,
+        generation = "generation",
+        cpu_count = "cpu_count",
+        extent_count = "extent_count",
+        apicid = "apicid",
+        extent = "extent"
     );
     compare!(o, "kmorph_instance_list", InstanceList, count = "count", id = "id");
     compare!(
@@ -84,6 +105,45 @@ fn assertions() -> String {
         base = "base",
         size = "size",
         epoch = "epoch"
+    );
+    compare!(
+        o,
+        "kmorph_handover",
+        Handover,
+        key = "key",
+        size = "size",
+        base = "base",
+        writer = "writer",
+        share_count = "share_count",
+        share = "share"
+    );
+    compare!(o, "kmorph_handover_list", HandoverList, count = "count", region = "region");
+    compare!(
+        o,
+        "kmorph_handover_share",
+        HandoverShare,
+        key = "key",
+        incarnation = "incarnation",
+        instance = "instance",
+        timeout_us = "timeout_us"
+    );
+    compare!(
+        o,
+        "kmorph_handover_assign",
+        HandoverAssign,
+        key = "key",
+        instance = "instance",
+        timeout_us = "timeout_us",
+        revoke_ns = "revoke_ns"
+    );
+    compare!(
+        o,
+        "kmorph_ctl_handover",
+        ctl::Handover,
+        key = "key",
+        base = "base",
+        size = "size",
+        writer = "writer"
     );
     compare!(
         o,
@@ -116,8 +176,15 @@ fn assertions() -> String {
         door = "door",
         end_tsc = "end_tsc",
         notices = "notices",
+        links_seen = "links_seen",
+        handovers_seen = "handovers_seen",
         release = "release",
-        text = "text"
+        text = "text",
+        grants_seen = "grants_seen",
+        grants_error = "grants_error",
+        grants_what = "grants_what",
+        memory_block = "memory_block",
+        memory_added = "memory_added"
     );
     compare!(
         o,
@@ -141,6 +208,10 @@ fn assertions() -> String {
         ("KMORPH_ABI_VERSION", ABI_VERSION.into()),
         ("KMORPH_MAX_CPUS", MAX_CPUS as u64),
         ("KMORPH_MAX_POOL", MAX_POOL as u64),
+        ("KMORPH_MAX_HANDOVERS", MAX_HANDOVERS as u64),
+        ("KMORPH_HANDOVER_ALIGN", HANDOVER_ALIGN),
+        ("KMORPH_HANDOVER_MAX_US", HANDOVER_MAX_US.into()),
+        ("KMORPH_HANDOVER_HIDDEN", crate::WINDOW),
         ("KMORPH_CTL_MAGIC", ctl::MAGIC),
         ("KMORPH_CTL_VERSION", ctl::VERSION.into()),
         ("KMORPH_CTL_SIZE", ctl::SIZE),
@@ -148,7 +219,15 @@ fn assertions() -> String {
         ("KMORPH_CTL_OFF_INSTANCE", ctl::OFF_INSTANCE as u64),
         ("KMORPH_CTL_OFF_PULSE", ctl::OFF_PULSE as u64),
         ("KMORPH_CTL_OFF_LINKS + offsetof(struct kmorph_ctl_links, link)", ctl::OFF_LINK as u64),
+        ("KMORPH_MAX_EXTENTS", MAX_EXTENTS as u64),
+        ("KMORPH_CTL_EXTENTS", ctl::EXTENTS as u64),
+        ("KMORPH_CTL_OFF_GRANTS", ctl::OFF_GRANTS as u64),
         ("KMORPH_CTL_LINKS", ctl::LINKS as u64),
+        (
+            "KMORPH_CTL_OFF_HANDOVERS + offsetof(struct kmorph_ctl_handovers, region)",
+            ctl::OFF_HANDOVER as u64,
+        ),
+        ("KMORPH_CTL_HANDOVERS", ctl::HANDOVERS as u64),
         ("KMORPH_LINK_LIVE", ctl::LINK_LIVE.into()),
         ("KMORPH_CTL_READY", ctl::READY.into()),
         ("KMORPH_CTL_PANIC", ctl::PANIC.into()),

@@ -32,7 +32,8 @@ const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 /// and `disable_cpu_apicid=` makes older kernels ignore it.
 pub const SACRIFICIAL_APIC_ID: u8 = 0xfe;
 
-/// All tables as one block to be placed at physical address `at`; the RSDP comes first.
+/// All tables as one block to be placed at physical address `at`; the RSDP comes first. The CPUs are all that the
+/// kernel may ever have; how many of them it starts is its command line's business.
 pub fn build(at: u64, cpus: &[u32]) -> Result<Vec<u8>, PlatformError> {
     let mut madt = Sdt::new(*b"APIC", 44, 4, OEM, TABLE, 1);
     madt.write_u32(36, 0xfee0_0000);

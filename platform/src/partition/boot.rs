@@ -34,9 +34,10 @@ fn read_file(what: &str, path: &Path) -> Result<Vec<u8>, PlatformError> {
 
 /// Check a request without changing anything.
 pub(super) fn prepare(inner: &Inner, r: &BootRequest) -> Result<Prepared, PlatformError> {
-    if r.spec.cpus.is_empty() || r.spec.cpus.len() > abi::MAX_CPUS {
+    let cpus = r.spec.cpus.len() + r.growth.cpus.len();
+    if r.spec.cpus.is_empty() || cpus > abi::MAX_CPUS {
         return Err(PlatformError::Invalid(format!(
-            "it is defined with {} CPUs; 1 to {} are possible",
+            "it is to have {cpus} CPUs, {} of them at its start; 1 to {} are possible",
             r.spec.cpus.len(),
             abi::MAX_CPUS
         )));
@@ -68,6 +69,8 @@ fn parts<'a>(inner: &Inner, r: &BootRequest, control: u64, user: &'a str) -> Cmd
         instance: r.spec.id.0,
         incarnation: r.incarnation,
         cpus: r.spec.cpus.len(),
+        later_cpus: r.growth.cpus.len(),
+        later_memory: r.growth.memory_bytes > 0,
         agent: AGENT,
         user,
     }
@@ -203,13 +206,7 @@ fn boot_with_cpus(
         .and_then(|()| links::with_primary(inner, id, layout.vsock))
         .and_then(|()| {
             let control = Arc::new(inner.device.map(layout.control(), ctl::SIZE)?);
-            let live = Live {
-                incarnation: r.incarnation,
-                region: layout.region,
-                cpus: r.spec.cpus.clone(),
-                control,
-                log: None,
-            };
+            let live = Live { incarnation: r.incarnation, region: layout.region, control, log: None };
             inner.state().live.insert(id, live);
             links::with_peers(inner, id);
             start(inner, id, layout)
@@ -253,7 +250,7 @@ fn take_cpus(inner: &Inner, r: &BootRequest) -> Result<Vec<u32>, PlatformError> 
     Ok(taken)
 }
 
-fn give_cpu(inner: &Inner, apic: u32) {
+pub(super) fn give_cpu(inner: &Inner, apic: u32) {
     let mut c: abi::Cpu = request();
     c.apicid = apic;
     match inner.device.cpu_give(&mut c) {
@@ -263,7 +260,7 @@ fn give_cpu(inner: &Inner, apic: u32) {
 }
 
 /// Old contents would show in the new kernel's crash dumps, and another instance's secrets in its memory.
-fn clear(inner: &Inner, region: MemoryRange) -> Result<(), PlatformError> {
+pub(super) fn clear(inner: &Inner, region: MemoryRange) -> Result<(), PlatformError> {
     let mut at = region.base;
     while at < region.end() {
         let len = WINDOW.min(region.end() - at);
@@ -305,7 +302,8 @@ fn load(
     write(inner, layout.boot_params(), &zero_page(layout, low, &p.file, &p.image)?)?;
     write(inner, layout.region.base + CMDLINE, format!("{line}\0").as_bytes())?;
     let at = layout.region.base + ACPI;
-    write(inner, at, &acpi::build(at, &r.spec.cpus)?)
+    let cpus: Vec<u32> = r.spec.cpus.iter().chain(&r.growth.cpus).copied().collect();
+    write(inner, at, &acpi::build(at, &cpus)?)
 }
 
 fn start(inner: &Inner, id: InstanceId, layout: &Layout) -> Result<(), PlatformError> {
@@ -374,10 +372,8 @@ pub(super) fn reclaim(
         Err(error) => tracing::warn!(instance = %id, %error, "the log of the last life could not be kept"),
     }
     destroy(inner, id)?;
-    let live = inner.state().live.remove(&id);
-    let cpus = live.map(|l| l.cpus).unwrap_or_else(|| {
-        q.apicid.iter().take((q.cpu_count as usize).min(abi::MAX_CPUS)).copied().collect()
-    });
+    inner.state().live.remove(&id);
+    let cpus = view::cpu_ids(&q);
     if release_cpus {
         for apic in &cpus {
             give_cpu(inner, *apic);

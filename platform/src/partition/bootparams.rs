@@ -24,6 +24,7 @@ const BASE: &[&str] = &[
 ];
 
 /// What the command line is made from.
+#[derive(Clone, Copy)]
 pub struct CmdlineParts<'a> {
     /// TSC frequency of the machine: calibrating it would use the primary's timer.
     pub tsc_khz: u32,
@@ -35,6 +36,10 @@ pub struct CmdlineParts<'a> {
     pub incarnation: u64,
     /// CPUs of the instance.
     pub cpus: usize,
+    /// CPUs it gets later.
+    pub later_cpus: usize,
+    /// Whether it gets memory later.
+    pub later_memory: bool,
     /// Path of the agent in the initramfs.
     pub agent: &'a str,
     /// The user's part.
@@ -54,8 +59,16 @@ pub fn cmdline(parts: &CmdlineParts<'_>, image: &BzImage) -> Result<String, Plat
         line.push_str(parts.user.trim());
     }
     let mut own = String::new();
-    if parts.cpus > 1 {
+    if parts.cpus + parts.later_cpus > 1 {
         own.push_str(&format!(" disable_cpu_apicid={:#x}", super::acpi::SACRIFICIAL_APIC_ID));
+    }
+    if parts.later_cpus > 0 {
+        // The others run another kernel still: to start them would kill it. And a kernel that starts with one CPU
+        // takes the lock prefixes out of its code; putting them back when it gets a second one stops all work.
+        own.push_str(&format!(" maxcpus={} noreplace-smp", parts.cpus));
+    }
+    if parts.later_memory {
+        own.push_str(" memhp_default_state=online_movable memory_hotplug.memmap_on_memory=1");
     }
     own.push_str(&format!(
         " tsc_early_khz={} kmorph.control={:#x} kmorph.instance={} kmorph.incarnation={} rdinit={}",
@@ -144,6 +157,8 @@ mod tests {
             tsc_khz: 1_000_000,
             control: 0x4008_0000,
             cpus: 2,
+            later_cpus: 0,
+            later_memory: false,
             agent: "/.kmorph/agent",
             user: "quiet a=b",
         };
@@ -155,6 +170,16 @@ mod tests {
         assert!(line.contains(" quiet a=b disable_cpu_apicid=0xfe "), "{line}");
         let with_args = cmdline(&CmdlineParts { user: "quiet -- single", ..parts }, &image).unwrap();
         assert!(with_args.ends_with("rdinit=/.kmorph/agent -- single"), "{with_args}");
+        let grows =
+            cmdline(&CmdlineParts { cpus: 1, later_cpus: 1, later_memory: true, ..parts }, &image).unwrap();
+        assert!(
+            grows.contains(
+                " disable_cpu_apicid=0xfe maxcpus=1 noreplace-smp memhp_default_state=online_movable \
+                 memory_hotplug.memmap_on_memory=1 "
+            ),
+            "{grows}"
+        );
+        assert!(!line.contains("maxcpus") && !line.contains("memhp"), "{line}");
         let long = "x".repeat(2100);
         let e = cmdline(
             &CmdlineParts {
@@ -163,6 +188,8 @@ mod tests {
                 tsc_khz: 1,
                 control: 0,
                 cpus: 1,
+                later_cpus: 0,
+                later_memory: false,
                 agent: "/a",
                 user: &long,
             },
@@ -177,6 +204,8 @@ mod tests {
                 tsc_khz: 1,
                 control: 0,
                 cpus: 1,
+                later_cpus: 0,
+                later_memory: false,
                 agent: "/a",
                 user: "a\nb",
             },

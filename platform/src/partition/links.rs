@@ -43,7 +43,7 @@ fn with_peer(inner: &Inner, a: InstanceId, b: InstanceId) -> Result<(), Platform
         }
         let mut used = taken;
         used.extend(state.claims.iter().map(|(_, r, _)| *r));
-        let area = alloc::place(&pool, &used, inner.config.peer_area, None)?;
+        let area = alloc::place_high(&pool, &used, inner.config.peer_area)?;
         state.peers.insert((a, b), area);
         area
     };

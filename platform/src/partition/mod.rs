@@ -10,6 +10,8 @@ mod boot;
 mod bootparams;
 pub(crate) mod bzimage;
 mod events;
+mod grow;
+mod handover;
 mod initramfs;
 mod klog;
 mod layout;
@@ -17,6 +19,7 @@ mod links;
 mod pool;
 mod sys;
 mod view;
+mod window;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,8 +35,9 @@ use tokio_vsock::{VsockAddr, VsockStream};
 use self::abi::request;
 use self::sys::{Device, Mapping};
 use crate::{
-    BootRequest, Booted, ConsoleLog, CpuInfo, CpuState, ExistingInstance, FenceReport, InstanceId, Inventory,
-    MemoryRange, Platform, PlatformError, PlatformEvent, PlatformKind, PulseSample, ReclaimReport, Stream,
+    BootRequest, Booted, ConsoleLog, CpuInfo, CpuState, ExistingInstance, FenceReport, Grown, Growth,
+    HandoverMoved, HandoverRegion, InstanceId, Inventory, MemoryRange, Platform, PlatformError,
+    PlatformEvent, PlatformKind, PulseSample, ReclaimReport, Stream, WINDOW,
 };
 
 /// How long taking back memory waits for the sockets of a dead instance, and how often it looks.
@@ -90,7 +94,6 @@ impl Default for PartitionConfig {
 struct Live {
     incarnation: u64,
     region: MemoryRange,
-    cpus: Vec<u32>,
     control: Arc<Mapping>,
     /// Where the log lies, found once a life.
     log: Option<klog::VmcoreInfo>,
@@ -245,6 +248,29 @@ impl Platform for Partition {
         }
     }
 
+    async fn grow(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        growth: &Growth,
+        limit: Duration,
+    ) -> Result<Grown, PlatformError> {
+        self.current(id, incarnation)?;
+        grow::grow(&self.inner, id, growth, limit).await
+    }
+
+    async fn release_cpus(&self, cpus: &[u32]) -> Result<(), PlatformError> {
+        let (inner, cpus) = (self.inner.clone(), cpus.to_vec());
+        blocking(move || {
+            let pooled = view::cpus(&inner)?.into_iter().filter(|c| c.state == CpuState::Pool);
+            for cpu in pooled.filter(|c| cpus.contains(&c.apic_id)) {
+                boot::give_cpu(&inner, cpu.apic_id);
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn connect(
         &self,
         id: InstanceId,
@@ -264,6 +290,76 @@ impl Platform for Partition {
     async fn console(&self, id: InstanceId, from_seq: u64) -> Result<ConsoleLog, PlatformError> {
         let inner = self.inner.clone();
         blocking(move || view::console(&inner, id, from_seq)).await
+    }
+
+    async fn handover_create(&self, key: u64, size: u64) -> Result<MemoryRange, PlatformError> {
+        if key & WINDOW != 0 {
+            return Err(PlatformError::Invalid(format!(
+                "{key:#x} is a key of a window: give handover memory one without the highest bit"
+            )));
+        }
+        let inner = self.inner.clone();
+        blocking(move || handover::create(&inner, key, size)).await
+    }
+
+    async fn handover_share(&self, key: u64, id: InstanceId, incarnation: u64) -> Result<(), PlatformError> {
+        self.current(id, incarnation)?;
+        let inner = self.inner.clone();
+        blocking(move || handover::share(&inner, key, id, incarnation)).await
+    }
+
+    async fn handover_unshare(
+        &self,
+        key: u64,
+        id: InstanceId,
+        incarnation: u64,
+    ) -> Result<(), PlatformError> {
+        self.current(id, incarnation)?;
+        let inner = self.inner.clone();
+        blocking(move || handover::unshare(&inner, key, id, incarnation, handover::UNSHARE_LIMIT)).await
+    }
+
+    async fn handover_assign(
+        &self,
+        key: u64,
+        id: Option<InstanceId>,
+        limit: Duration,
+    ) -> Result<HandoverMoved, PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || handover::assign(&inner, key, id, limit)).await
+    }
+
+    async fn handover_destroy(&self, key: u64) -> Result<(), PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || handover::destroy(&inner, key)).await
+    }
+
+    async fn handover_list(&self) -> Result<Vec<HandoverRegion>, PlatformError> {
+        let inner = self.inner.clone();
+        let mut all = blocking(move || handover::list(&inner)).await?;
+        all.retain(|region| region.key & WINDOW == 0);
+        Ok(all)
+    }
+
+    async fn window_open(
+        &self,
+        key: u64,
+        size: u64,
+        from: (InstanceId, u64),
+        to: (InstanceId, u64),
+    ) -> Result<(), PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || window::open(&inner, key, size, from, to)).await
+    }
+
+    async fn window_close(&self, key: u64, limit: Duration) -> Result<(), PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || window::close(&inner, key, limit)).await
+    }
+
+    async fn windows(&self) -> Result<Vec<u64>, PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || window::list(&inner)).await
     }
 
     async fn release_all(&self) -> Result<(), PlatformError> {

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::abi::{self, request};
 use super::layout::REGION_ALIGN;
-use super::{Inner, MEMORY_BLOCKS, PoolSource, view};
+use super::{Inner, MEMORY_BLOCKS, PoolSource, handover, view};
 use crate::{CpuState, MemoryRange, PlatformError};
 
 /// Smaller reservations are for other uses.
@@ -180,6 +180,9 @@ pub(super) fn release(inner: &Inner) -> Result<(), PlatformError> {
             .device
             .cpu_give(&mut c)
             .map_err(|e| PlatformError::os(format!("give CPU {} back to the primary", cpu.apic_id), e))?;
+    }
+    for region in handover::list(inner)? {
+        handover::destroy(inner, region.key)?;
     }
     for range in view::pool(inner)? {
         let mut p: abi::Pool = request();

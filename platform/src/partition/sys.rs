@@ -33,6 +33,15 @@ mod calls {
     nix::ioctl_readwrite!(stop, IOC, 0x0c, abi::Stop);
     nix::ioctl_readwrite!(destroy, IOC, 0x0d, abi::Ref);
     nix::ioctl_readwrite!(link_add, IOC, 0x0f, abi::LinkReq);
+    nix::ioctl_readwrite!(cpu_assign, IOC, 0x12, abi::Cpu);
+    nix::ioctl_readwrite!(cpu_withdraw, IOC, 0x13, abi::Cpu);
+    nix::ioctl_readwrite!(memory_assign, IOC, 0x1a, abi::Memory);
+    nix::ioctl_readwrite!(handover_create, IOC, 0x14, abi::Handover);
+    nix::ioctl_readwrite!(handover_destroy, IOC, 0x15, abi::Handover);
+    nix::ioctl_readwrite!(handover_list, IOC, 0x16, abi::HandoverList);
+    nix::ioctl_readwrite!(handover_share, IOC, 0x17, abi::HandoverShare);
+    nix::ioctl_readwrite!(handover_unshare, IOC, 0x18, abi::HandoverShare);
+    nix::ioctl_readwrite!(handover_assign, IOC, 0x19, abi::HandoverAssign);
 }
 
 /// The opened device.
@@ -113,6 +122,24 @@ impl Device {
         destroy, abi::Ref);
     ioctl!(/// KMORPH_LINK_ADD
         link_add, abi::LinkReq);
+    ioctl!(/// KMORPH_CPU_ASSIGN
+        cpu_assign, abi::Cpu);
+    ioctl!(/// KMORPH_CPU_WITHDRAW
+        cpu_withdraw, abi::Cpu);
+    ioctl!(/// KMORPH_MEMORY_ASSIGN
+        memory_assign, abi::Memory);
+    ioctl!(/// KMORPH_HANDOVER_CREATE
+        handover_create, abi::Handover);
+    ioctl!(/// KMORPH_HANDOVER_DESTROY
+        handover_destroy, abi::Handover);
+    ioctl!(/// KMORPH_HANDOVER_LIST
+        handover_list, abi::HandoverList);
+    ioctl!(/// KMORPH_HANDOVER_SHARE
+        handover_share, abi::HandoverShare);
+    ioctl!(/// KMORPH_HANDOVER_UNSHARE
+        handover_unshare, abi::HandoverShare);
+    ioctl!(/// KMORPH_HANDOVER_ASSIGN
+        handover_assign, abi::HandoverAssign);
 
     /// KMORPH_QUERY of one instance.
     pub fn query(&self, id: InstanceId) -> Result<abi::Instance, Errno> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::abi::{self, ctl, request};
 use super::sys::Mapping;
-use super::{Inner, Live, cpu_info, klog};
+use super::{Inner, Live, cpu_info, handover, klog};
 use crate::{
     ConsoleLog, CpuInfo, CpuPulse, ExistingInstance, InstanceId, Inventory, KernelState, MemoryRange,
     PlatformError, PulseSample,
@@ -41,20 +41,30 @@ fn instances(inner: &Inner) -> Result<Vec<abi::Instance>, PlatformError> {
         .collect()
 }
 
-fn cpu_ids(i: &abi::Instance) -> Vec<u32> {
+pub(super) fn cpu_ids(i: &abi::Instance) -> Vec<u32> {
     i.apicid.iter().take((i.cpu_count as usize).min(abi::MAX_CPUS)).copied().collect()
 }
 
+/// Memory an instance got while it ran.
+pub(super) fn extents(i: &abi::Instance) -> Vec<MemoryRange> {
+    let known = i.extent.iter().take(i.extent_count as usize);
+    known.map(|e| MemoryRange { base: e.base, size: e.size }).collect()
+}
+
 pub(super) fn inventory(inner: &Inner) -> Result<Inventory, PlatformError> {
-    let mut used: Vec<(MemoryRange, InstanceId)> = instances(inner)?
-        .iter()
-        .filter_map(|i| {
-            let id = InstanceId(u16::try_from(i.id).ok()?);
-            Some((MemoryRange { base: i.base, size: i.size }, id))
-        })
-        .collect();
+    let mut used: Vec<(MemoryRange, InstanceId)> = vec![];
+    for i in instances(inner)? {
+        let Ok(id) = u16::try_from(i.id) else { continue };
+        used.push((MemoryRange { base: i.base, size: i.size }, InstanceId(id)));
+        used.extend(extents(&i).into_iter().map(|range| (range, InstanceId(id))));
+    }
     used.extend(inner.state().peers.iter().map(|((a, _), area)| (*area, *a)));
+    used.extend(handover::list(inner)?.iter().map(|r| (r.range, r.writer.unwrap_or(InstanceId::PRIMARY))));
+    let mut info: abi::Info = request();
+    inner.device.info(&mut info).map_err(|e| PlatformError::os("KMORPH_INFO", e))?;
     Ok(Inventory {
+        // That of the primary; a kernel says its own when it runs.
+        memory_block: info.memory_block_size,
         cpus: cpus(inner)?,
         pool: pool(inner)?.iter().map(|p| MemoryRange { base: p.base, size: p.size }).collect(),
         used,
@@ -94,7 +104,6 @@ pub(super) fn adopt(inner: &Inner) -> Result<(), PlatformError> {
         let live = Live {
             incarnation: i.incarnation,
             region: MemoryRange { base: i.base, size: i.size },
-            cpus: cpu_ids(&i),
             control: Arc::new(control),
             log: None,
         };

@@ -45,9 +45,9 @@ fn owner_conflict(inner: &Inner, claim: &Claim) -> Option<String> {
         let cpu = l.cpus.iter().find(|c| claim.cpus.contains(c));
         match cpu {
             Some(cpu) => Some(format!("instance {} claims CPU {cpu}, which instance {owner} has", claim.id)),
-            None => l
-                .region
-                .overlaps(&claim.region)
+            None => std::iter::once(&l.region)
+                .chain(&l.extents)
+                .any(|r| r.overlaps(&claim.region) || claim.extents.iter().any(|e| e.overlaps(r)))
                 .then(|| format!("instance {} claims memory that instance {owner} has", claim.id)),
         }
     })
@@ -64,6 +64,7 @@ fn one(inner: &Arc<Inner>, dir: &Path, claim: Claim) -> Result<(), PlatformError
     let live = Live {
         incarnation,
         region: claim.region,
+        extents: claim.extents,
         cpus: claim.cpus,
         control: control.map(Arc::new),
         leader: None,

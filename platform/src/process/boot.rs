@@ -108,6 +108,7 @@ fn start(
     let live = Live {
         incarnation: r.incarnation,
         region,
+        extents: vec![],
         cpus: r.spec.cpus.clone(),
         control: Some(Arc::new(control)),
         leader: None,

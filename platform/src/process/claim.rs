@@ -28,6 +28,9 @@ pub struct Claim {
     pub cpus: Vec<u32>,
     /// Memory.
     pub region: MemoryRange,
+    /// Memory it got while it ran.
+    #[serde(default)]
+    pub extents: Vec<MemoryRange>,
     /// Kernel file.
     pub kernel: PathBuf,
     /// Release read from it.
@@ -44,6 +47,7 @@ impl Claim {
             name: r.spec.name.clone(),
             cpus: r.spec.cpus.clone(),
             region,
+            extents: vec![],
             kernel: r.kernel.clone(),
             release: release.to_owned(),
         }
@@ -89,8 +93,9 @@ impl Claim {
         if self.cpus.contains(&0) {
             return Err("it claims CPU 0, which always stays with the primary".into());
         }
-        if self.region.size == 0 || self.region.base.checked_add(self.region.size).is_none() {
-            return Err(format!("its memory is {:#x}+{:#x}", self.region.base, self.region.size));
+        let all = || std::iter::once(&self.region).chain(&self.extents);
+        if let Some(r) = all().find(|r| r.size == 0 || r.base.checked_add(r.size).is_none()) {
+            return Err(format!("its memory is {:#x}+{:#x}", r.base, r.size));
         }
         Ok(())
     }
@@ -108,6 +113,7 @@ mod tests {
             name: "web".into(),
             cpus: vec![1, 2],
             region: MemoryRange { base: 4 << 30, size: 64 << 20 },
+            extents: vec![],
             kernel: "/boot/k".into(),
             release: "6.1".into(),
         }

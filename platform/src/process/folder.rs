@@ -10,7 +10,7 @@ use nix::libc;
 
 use crate::{InstanceId, PlatformError};
 
-/// Longest folder: `sun_path` has 108 bytes with its NUL, and the longest name below is `/65535_4294967295`.
+/// Longest folder: `sun_path` has 108 bytes with its NUL, and the longest socket below is `/65535_4294967295`.
 const LONGEST: usize = 107 - 17;
 
 /// The folder.
@@ -87,6 +87,25 @@ impl Folder {
     /// The daemon's socket for notices.
     pub fn events(&self) -> PathBuf {
         self.path.join(names::EVENTS)
+    }
+
+    /// The file of a window.
+    pub fn window(&self, key: u64) -> PathBuf {
+        self.path.join(names::window(key))
+    }
+
+    /// Keys of the windows that have a file, in order.
+    pub fn windows(&self) -> Result<Vec<u64>, PlatformError> {
+        let mut keys: Vec<u64> = self
+            .names()?
+            .iter()
+            .filter_map(|n| {
+                let key = u64::from_str_radix(n.strip_prefix("window-")?, 16).ok()?;
+                (names::window(key) == *n).then_some(key)
+            })
+            .collect();
+        keys.sort_unstable();
+        Ok(keys)
     }
 
     /// Numbers of the instances that have a folder.

@@ -12,15 +12,18 @@ mod events;
 mod fence;
 mod find;
 mod folder;
+mod grow;
 mod image;
 mod leader;
 mod state;
 mod sys;
 mod view;
+mod window;
 
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::net::UnixStream;
@@ -31,8 +34,8 @@ use self::folder::Folder;
 use self::image::Releases;
 use self::state::{MEMORY_BASE, State, Task};
 use crate::{
-    BootRequest, Booted, ConsoleLog, ExistingInstance, FenceReport, InstanceId, Inventory, MemoryRange,
-    Platform, PlatformError, PlatformEvent, PlatformKind, PulseSample, ReclaimReport, Stream,
+    BootRequest, Booted, ConsoleLog, ExistingInstance, FenceReport, Grown, Growth, InstanceId, Inventory,
+    MemoryRange, Platform, PlatformError, PlatformEvent, PlatformKind, PulseSample, ReclaimReport, Stream,
 };
 
 /// Starts at once: more only make each other slow.
@@ -198,6 +201,22 @@ impl Platform for Process {
         blocking(move || fence::reclaim(&inner, id, incarnation, release_cpus)).await
     }
 
+    async fn grow(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        growth: &Growth,
+        limit: Duration,
+    ) -> Result<Grown, PlatformError> {
+        let (inner, growth) = (self.inner.clone(), growth.clone());
+        blocking(move || grow::grow(&inner, id, incarnation, &growth, limit)).await
+    }
+
+    async fn release_cpus(&self, cpus: &[u32]) -> Result<(), PlatformError> {
+        self.inner.state().pooled.retain(|c| !cpus.contains(c));
+        Ok(())
+    }
+
     async fn connect(
         &self,
         id: InstanceId,
@@ -220,15 +239,44 @@ impl Platform for Process {
         blocking(move || view::console(&inner, id, from_seq)).await
     }
 
-    async fn release_all(&self) -> Result<(), PlatformError> {
-        let mut state = self.inner.state();
-        let owners = state.live.keys().chain(state.booting.keys());
-        if let Some(owner) = owners.min() {
-            return Err(PlatformError::Busy(format!(
-                "instance {owner} still has CPUs and memory; terminate it first"
-            )));
+    async fn window_open(
+        &self,
+        key: u64,
+        size: u64,
+        from: (InstanceId, u64),
+        to: (InstanceId, u64),
+    ) -> Result<(), PlatformError> {
+        crate::window::check(key, size, from.0, to.0)?;
+        for (id, incarnation) in [from, to] {
+            self.inner.state().current(id, incarnation)?;
         }
-        state.pooled.clear();
-        Ok(())
+        let inner = self.inner.clone();
+        blocking(move || window::open(&inner.folder, key, size)).await
+    }
+
+    async fn window_close(&self, key: u64, _limit: Duration) -> Result<(), PlatformError> {
+        crate::window::check_key(key)?;
+        let inner = self.inner.clone();
+        blocking(move || window::close(&inner.folder, key)).await
+    }
+
+    async fn windows(&self) -> Result<Vec<u64>, PlatformError> {
+        let inner = self.inner.clone();
+        blocking(move || window::list(&inner.folder)).await
+    }
+
+    async fn release_all(&self) -> Result<(), PlatformError> {
+        {
+            let mut state = self.inner.state();
+            let owners = state.live.keys().chain(state.booting.keys());
+            if let Some(owner) = owners.min() {
+                return Err(PlatformError::Busy(format!(
+                    "instance {owner} still has CPUs and memory; terminate it first"
+                )));
+            }
+            state.pooled.clear();
+        }
+        let inner = self.inner.clone();
+        blocking(move || window::clear(&inner.folder)).await
     }
 }

@@ -8,12 +8,14 @@ use kmp::stand_in::MAX_CPUS;
 use tokio::task::AbortHandle;
 
 use super::leader::Leader;
-use crate::{ConsoleLog, CpuInfo, CpuState, InstanceId, InstanceSpec, Inventory, MemoryRange, PlatformError};
+use crate::{
+    ConsoleLog, CpuInfo, CpuState, Growth, InstanceId, InstanceSpec, Inventory, MemoryRange, PlatformError,
+};
 
 /// Where the one range of memory begins: above everything a PC has at fixed places.
 pub const MEMORY_BASE: u64 = 4 << 30;
 /// Regions begin at multiples of this, as on real kernels.
-const ALIGN: u64 = 2 << 20;
+pub const ALIGN: u64 = 2 << 20;
 /// Largest instance number; a CID is the number plus 2.
 pub const MAX_ID: u16 = 65_533;
 
@@ -30,6 +32,8 @@ impl Drop for Task {
 pub struct Live {
     pub incarnation: u64,
     pub region: MemoryRange,
+    /// Memory it got while it ran.
+    pub extents: Vec<MemoryRange>,
     pub cpus: Vec<u32>,
     /// Its control file, kept open.
     pub control: Option<Arc<File>>,
@@ -71,6 +75,64 @@ impl State {
         self.live.iter().map(|(id, l)| (*id, &l.region, &l.cpus)).chain(booting)
     }
 
+    /// Memory that somebody has, in order.
+    fn used(&self) -> Vec<(MemoryRange, InstanceId)> {
+        let extents = self.live.iter().flat_map(|(id, l)| l.extents.iter().map(|r| (*r, *id)));
+        let mut used: Vec<_> = self.owners().map(|(id, r, _)| (*r, id)).chain(extents).collect();
+        used.sort_by_key(|(r, _)| r.base);
+        used
+    }
+
+    /// Give a running instance what it does not have of this.
+    pub fn grow(
+        &mut self,
+        id: InstanceId,
+        incarnation: u64,
+        growth: &Growth,
+        cpus: u32,
+        pool: MemoryRange,
+    ) -> Result<(Vec<u32>, Vec<MemoryRange>), PlatformError> {
+        let live = self.current(id, incarnation)?;
+        let has: u64 = live.extents.iter().map(|r| r.size).sum();
+        let new: Vec<u32> = growth.cpus.iter().copied().filter(|c| !live.cpus.contains(c)).collect();
+        if live.cpus.len() + new.len() > MAX_CPUS {
+            return Err(PlatformError::Invalid(format!("{MAX_CPUS} CPUs are the most an instance can have")));
+        }
+        for cpu in &new {
+            self.check_cpu(*cpu, cpus)?;
+        }
+        let piece = match growth.memory_bytes.saturating_sub(has) {
+            0 => None,
+            more => Some(place(pool, &self.used(), more, None)?),
+        };
+        self.pooled.retain(|c| !new.contains(c));
+        let live = self.current(id, incarnation)?;
+        live.cpus.extend(new);
+        live.extents.extend(piece);
+        Ok((live.cpus.clone(), live.extents.clone()))
+    }
+
+    fn check_cpu(&self, cpu: u32, cpus: u32) -> Result<(), PlatformError> {
+        if cpu >= cpus {
+            return Err(PlatformError::Invalid(format!(
+                "it wants CPU {cpu} (physical id), which this machine does not have; it has 0 to {}",
+                cpus.saturating_sub(1)
+            )));
+        }
+        if cpu == 0 {
+            return Err(PlatformError::Invalid(
+                "it wants CPU 0, the machine's boot processor; it always stays with the primary kernel"
+                    .into(),
+            ));
+        }
+        if let Some((owner, ..)) = self.owners().find(|(.., c)| c.contains(&cpu)) {
+            return Err(PlatformError::Busy(format!(
+                "it wants CPU {cpu}, which instance {owner} has; terminate that one or change the definition"
+            )));
+        }
+        Ok(())
+    }
+
     /// Check what a definition wants and place its memory. Nothing is taken.
     pub fn place(
         &self,
@@ -96,26 +158,9 @@ impl State {
             )));
         }
         for cpu in &spec.cpus {
-            if *cpu >= cpus {
-                return Err(PlatformError::Invalid(format!(
-                    "it wants CPU {cpu} (physical id), which this machine does not have; it has 0 to {}",
-                    cpus.saturating_sub(1)
-                )));
-            }
-            if *cpu == 0 {
-                return Err(PlatformError::Invalid(
-                    "it wants CPU 0, the machine's boot processor; it always stays with the primary kernel"
-                        .into(),
-                ));
-            }
-            if let Some((owner, ..)) = self.owners().find(|(.., c)| c.contains(cpu)) {
-                return Err(PlatformError::Busy(format!(
-                    "it wants CPU {cpu}, which instance {owner} has; terminate that one or change the definition"
-                )));
-            }
+            self.check_cpu(*cpu, cpus)?;
         }
-        let mut used: Vec<(MemoryRange, InstanceId)> = self.owners().map(|(id, r, _)| (*r, id)).collect();
-        used.sort_by_key(|(r, _)| r.base);
+        let used = self.used();
         place(pool, &used, spec.memory_bytes, spec.memory_base)
     }
 
@@ -137,9 +182,13 @@ impl State {
             };
             CpuInfo { apic_id: number, number, state, owner, boot: number == 0 }
         };
-        let mut used: Vec<(MemoryRange, InstanceId)> = self.owners().map(|(id, r, _)| (*r, id)).collect();
-        used.sort_by_key(|(r, _)| r.base);
-        Inventory { cpus: numbers.into_iter().map(info).collect(), pool: vec![pool], used }
+        let used = self.used();
+        Inventory {
+            cpus: numbers.into_iter().map(info).collect(),
+            pool: vec![pool],
+            used,
+            memory_block: ALIGN,
+        }
     }
 }
 

@@ -1,7 +1,12 @@
 //! Inside the primary kernel: what scenarios are written with.
 
+pub mod handover;
+pub mod journal;
+pub mod kv;
 pub mod pingpong;
+pub mod shared;
 pub mod tool;
+pub mod window;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -23,6 +28,10 @@ use crate::{Context, Result, scenarios};
 const SOCKET: &str = "/run/kmorph/kmorphd.sock";
 /// What instances run.
 pub const WORKLOAD: &str = "/boot/workload.img";
+/// What instances run whose workload is written in Python.
+pub const PYTHON: &str = "/boot/python.img";
+/// What is appended to that for programs that criu takes along.
+pub const CRIU: &str = "/boot/criu.img";
 /// No single command takes longer, even on a loaded host.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 

@@ -4,6 +4,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::SocketAddr;
 use std::time::Duration;
 
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -11,10 +13,11 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::time::{Instant, sleep};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use super::pingpong;
+use super::{handover, pingpong};
 use crate::{Context, Result};
 
 /// Where vsock_check serves.
@@ -22,6 +25,8 @@ pub const CHECK_PORT: u32 = 7002;
 /// Where it listens.
 pub const PORT: u32 = 7000;
 const CHUNK: usize = 64 << 10;
+/// Longest time for a request from the command line.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
 const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 
 /// Serve for ever.
@@ -52,6 +57,21 @@ async fn one(stream: VsockStream) -> Result<()> {
             let release =
                 nix::sys::utsname::uname().context("uname")?.release().to_string_lossy().into_owned();
             answer(&mut stream, &format!("{release} {}", online())).await
+        }
+        // What this kernel has, KiB.
+        ["memory"] => {
+            let info = std::fs::read_to_string("/proc/meminfo").context("meminfo")?;
+            let total = info.lines().find_map(|l| l.strip_prefix("MemTotal:")).unwrap_or_default();
+            answer(&mut stream, total.trim().trim_end_matches(" kB")).await
+        }
+        // What its agent says of the other instances.
+        ["topology"] => {
+            let address = SocketAddr::from_abstract_name("kmorph-topology").context("a name")?;
+            let socket = std::os::unix::net::UnixStream::connect_addr(&address).context("topology")?;
+            socket.set_nonblocking(true).context("topology")?;
+            let mut lines = BufReader::new(UnixStream::from_std(socket).context("topology")?).lines();
+            let line = lines.next_line().await.context("topology")?.unwrap_or_default();
+            answer(&mut stream, &line).await
         }
         ["crash"] => {
             answer(&mut stream, "crashing").await?;
@@ -128,6 +148,31 @@ async fn one(stream: VsockStream) -> Result<()> {
             let out = run.await.context("vsock_check")?;
             let text = String::from_utf8_lossy(&out.stdout).lines().collect::<Vec<_>>().join("; ");
             answer(&mut stream, &format!("{} {text}", out.status.code().unwrap_or(-1))).await
+        }
+        ["find", name] => answer(&mut stream, &find(name)?.to_string()).await,
+        // How many numbers a file has, from 1 on, one a line.
+        ["numbers", path] => {
+            let text = std::fs::read_to_string(path).context(path)?;
+            let wrong = (1u64..).zip(text.lines()).find(|(n, line)| *line != n.to_string());
+            let text = match wrong {
+                Some((n, line)) => format!("{line:?} is where {n} belongs"),
+                None => text.lines().count().to_string(),
+            };
+            answer(&mut stream, &text).await
+        }
+        // Have a process with this id.
+        ["occupy", pid] => {
+            let before: u32 = pid.parse().context("pid")?;
+            std::fs::write("/proc/sys/kernel/ns_last_pid", (before - 1).to_string())
+                .context("ns_last_pid")?;
+            let child = std::process::Command::new("/bin/sleep").arg("3600").spawn().context("sleep")?;
+            answer(&mut stream, &child.id().to_string()).await
+        }
+        // Handover memory: what follows is for `handover`.
+        ["handover", words @ ..] => {
+            let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
+            let done = tokio::task::spawn_blocking(move || handover::answer(&words)).await;
+            answer(&mut stream, &done.context("handover")?).await
         }
         // Be a client of another kernel's workload.
         ["send", cid, bytes] => {
@@ -234,6 +279,21 @@ pub async fn send(cid: u32, bytes: u64) -> Result<u64> {
 pub async fn receive(cid: u32, bytes: u64) -> Result<u64> {
     let mut stream = open(cid, &format!("source {bytes}")).await?;
     check(&mut stream, bytes).await
+}
+
+/// One request from the command line. A workload that does not listen at once is not there.
+pub fn ask(cid: u32, line: &str) -> Result<()> {
+    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    let asked = async {
+        let connect = VsockStream::connect(VsockAddr::new(cid, PORT));
+        let mut stream = BufReader::new(connect.await.context("connect")?);
+        answer(&mut stream, line).await?;
+        let mut said = String::new();
+        stream.read_line(&mut said).await.context("read the answer")?;
+        println!("{}", said.trim());
+        Result::Ok(())
+    };
+    rt.block_on(async { timeout(ASK_LIMIT, asked).await.map_err(|_| "no answer".to_string())? })
 }
 
 /// One short connection: connect, echo a few bytes, close.

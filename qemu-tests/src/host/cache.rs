@@ -81,16 +81,29 @@ impl Cache {
 
     /// The checker of what stream sockets promise, a static C program.
     pub fn vsock_check(&self) -> Result<PathBuf> {
-        let out = self.work("vsock_check");
-        let sources = ["vsock_check.c", "vsock_peer.c"].map(|f| self.source("kmod/test").join(f));
+        self.static_c("vsock_check", &["kmod/test/vsock_check.c", "kmod/test/vsock_peer.c"])
+    }
+
+    /// The example workload in C, a static program.
+    pub fn counter(&self) -> Result<PathBuf> {
+        self.static_c("counter", &["agent/state/examples/counter.c"])
+    }
+
+    /// A program that knows nothing of kmorph, static.
+    pub fn ticker(&self) -> Result<PathBuf> {
+        self.static_c("ticker", &["qemu-tests/src/guest/ticker.c"])
+    }
+
+    fn static_c(&self, name: &str, sources: &[&str]) -> Result<PathBuf> {
+        let out = self.work(name);
         let made = Command::new("gcc")
             .args(["-O2", "-Wall", "-Werror", "-static", "-pthread", "-o"])
             .arg(&out)
-            .args(&sources)
+            .args(sources.iter().map(|s| self.source(s)))
             .output()
             .context("gcc")?;
         if !made.status.success() {
-            return Err(format!("building vsock_check: {}", String::from_utf8_lossy(&made.stderr)));
+            return Err(format!("building {name}: {}", String::from_utf8_lossy(&made.stderr)));
         }
         Ok(out)
     }

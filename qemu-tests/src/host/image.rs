@@ -132,7 +132,34 @@ fn workload(cache: &Cache, releases: &[String]) -> Result<Vec<u8>> {
     for release in releases {
         i.file(&format!("hang/{release}.ko"), 0o600, &cache.hang_module(release)?)?;
     }
+    i.file("counter", 0o755, &cache.counter()?)?;
     i.bytes("init", 0o755, include_bytes!("../guest/workload-init.sh"))?;
+    i.finish()
+}
+
+/// What an instance runs whose workload is the example in Python: the host's interpreter, with no more of its library
+/// than that needs.
+fn python(cache: &Cache) -> Result<Vec<u8>> {
+    const PYTHON: &str = "/usr/bin/python3";
+    let (program, compiled) = (cache.source("agent/state/examples/counter.py"), cache.work("python"));
+    let made = Command::new(PYTHON)
+        .args(["-I", "-S"])
+        .args([&cache.source("qemu-tests/src/host/stdlib.py"), &program, &compiled])
+        .output()
+        .context(PYTHON)?;
+    if !made.status.success() {
+        return Err(format!("the library of Python: {}", String::from_utf8_lossy(&made.stderr)));
+    }
+    let mut i = Image::new()?;
+    i.busybox()?;
+    i.program(PYTHON.trim_start_matches('/'), Path::new(PYTHON))?;
+    for line in String::from_utf8_lossy(&made.stdout).lines() {
+        let (path, from) = line.split_once('\t').ok_or_else(|| format!("what is {line:?}?"))?;
+        let (path, from) = (path.trim_start_matches('/'), Path::new(from));
+        if path.ends_with(".pyc") { i.file(path, 0o644, from)? } else { i.program(path, from)? }
+    }
+    i.file("counter.py", 0o755, &program)?;
+    i.bytes("init", 0o755, include_bytes!("../guest/python-init.sh"))?;
     i.finish()
 }
 
@@ -149,6 +176,38 @@ fn stock_module(cache: &Cache, release: &str, path: &str) -> Result<Vec<u8>> {
     Ok(out)
 }
 
+/// Modules without which no command of criu works, in the order in which they are loaded.
+const CRIU_MODULES: [&str; 12] = [
+    "lib/libcrc32c",
+    "net/netfilter/nfnetlink",
+    "net/netfilter/nf_tables",
+    "drivers/net/veth",
+    "net/unix/unix_diag",
+    "net/ipv4/inet_diag",
+    "net/ipv4/tcp_diag",
+    "net/ipv4/udp_diag",
+    "net/ipv4/raw_diag",
+    "net/netlink/netlink_diag",
+    "net/packet/af_packet_diag",
+    "drivers/net/tun",
+];
+
+/// What is appended to the workload's image so that criu takes a program along.
+fn criu(cache: &Cache, releases: &[String]) -> Result<Vec<u8>> {
+    let mut i = Image::new()?;
+    i.program("usr/bin/criu", Path::new("/usr/sbin/criu"))?;
+    i.file("usr/bin/kmorph-criu", 0o755, &cache.binary("kmorph-criu")?)?;
+    i.file("ticker", 0o755, &cache.ticker()?)?;
+    for release in releases {
+        for (n, path) in CRIU_MODULES.iter().enumerate() {
+            let name = path.rsplit('/').next().unwrap_or(path);
+            let bytes = stock_module(cache, release, path)?;
+            i.bytes(&format!("criu/{release}/{n:02}-{name}.ko"), 0o600, &bytes)?;
+        }
+    }
+    i.finish()
+}
+
 /// The primary's initramfs: kmorph installed as a package would, both kernels in /boot.
 pub fn primary(cache: &Cache, series: &str) -> Result<PathBuf> {
     let own = cache.release(series)?;
@@ -163,6 +222,7 @@ pub fn primary(cache: &Cache, series: &str) -> Result<PathBuf> {
     ] {
         i.file(path, 0o755, &cache.binary(name)?)?;
     }
+    i.file("usr/lib/kmorph/kmorphd-failpoints", 0o755, &cache.binary("examples/kmorphd-failpoints")?)?;
     i.file("usr/bin/vsock_check", 0o755, &cache.vsock_check()?)?;
     i.program("usr/bin/dtc", Path::new("/usr/bin/dtc"))?;
     for (series, release) in ["6.1", "6.12"].iter().zip(&releases) {
@@ -179,6 +239,8 @@ pub fn primary(cache: &Cache, series: &str) -> Result<PathBuf> {
         i.bytes(&format!("lib/modules/{own}/kernel/net/vmw_vsock/{name}.ko"), 0o600, &bytes)?;
     }
     i.bytes("boot/workload.img", 0o600, &workload(cache, &releases)?)?;
+    i.bytes("boot/criu.img", 0o600, &criu(cache, &releases)?)?;
+    i.bytes("boot/python.img", 0o600, &python(cache)?)?;
     i.bytes("init", 0o755, include_bytes!("../guest/primary-init.sh"))?;
     store(cache.work(&format!("primary-{series}.cpio")), &i.finish()?)
 }

@@ -40,7 +40,7 @@ pub fn demo() -> Result<()> {
 /// The benchmark.
 pub fn bench() -> Result<()> {
     let mut result = Ok(());
-    for name in ["bench-transport", "bench-recovery"] {
+    for name in ["bench-transport", "bench-recovery", "bench-blackout", "bench-transfer"] {
         result = result.and(one(scenario(name)?, Show::Story)?.result);
     }
     result

@@ -2,22 +2,33 @@
 
 mod bad_input;
 mod bench;
+mod blackout;
 mod boot_failures;
+mod criu;
 mod documentation;
+mod failures;
+mod handover;
 mod high_memory;
 mod morph;
+mod morph_group;
 mod offlined;
 mod readopt;
 mod rounds;
 mod soak;
 mod sockets;
+mod standby;
+mod state;
+mod state_languages;
 mod story;
 mod substrate;
 mod supervision;
 mod swapped;
 mod switch;
+mod takeover;
+mod transfer;
 mod transport;
 mod two_cpus;
+mod window;
 
 use std::time::Duration;
 
@@ -57,8 +68,18 @@ pub const ALL: &[&Scenario] = &[
     &boot_failures::SCENARIO,
     &bad_input::SCENARIO,
     &readopt::SCENARIO,
+    &handover::SCENARIO,
+    &handover::ON_NEWER,
     &morph::SCENARIO,
+    &morph_group::SCENARIO,
     &switch::SCENARIO,
+    &standby::SCENARIO,
+    &state::SCENARIO,
+    &state::HANDOVER,
+    &takeover::SCENARIO,
+    &failures::SCENARIO,
+    &state_languages::SCENARIO,
+    &criu::SCENARIO,
     &supervision::SCENARIO,
     &supervision::KILLED,
     &rounds::SCENARIO,
@@ -67,5 +88,8 @@ pub const ALL: &[&Scenario] = &[
     &soak::SCENARIO,
     &documentation::SCENARIO,
     &bench::SCENARIO,
+    &blackout::SCENARIO,
+    &transfer::SCENARIO,
     &transport::SCENARIO,
+    &failures::ALL,
 ];

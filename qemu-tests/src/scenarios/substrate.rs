@@ -74,6 +74,7 @@ async fn story(g: &Guest) -> Result<()> {
             initramfs: Some(WORKLOAD.into()),
             cmdline: String::new(),
             pulse_period: Duration::from_millis(10),
+            growth: Default::default(),
         };
         p.check(&request).await.context("check")?;
         let booted = p.boot(&request).await.context("boot")?;

@@ -10,6 +10,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::state::quantile;
 use super::{OFTEN, Scenario};
 use crate::guest::{Guest, WORKLOAD, tool};
 use crate::host::MachineSpec;
@@ -24,7 +25,7 @@ pub const SCENARIO: Scenario = Scenario {
     limit: Duration::from_secs(300),
 };
 
-const ADDRESS: &str = "127.0.0.1:8080";
+pub(super) const ADDRESS: &str = "127.0.0.1:8080";
 const SOCKET: &str = "/run/web.sock";
 /// Clients that ask all the time, each time on a new connection.
 const CLIENTS: usize = 8;
@@ -45,7 +46,7 @@ struct Seen {
     gap: Duration,
 }
 
-async fn question() -> Result<String> {
+pub(super) async fn question() -> Result<String> {
     let ask = async {
         let mut stream = BufReader::new(TcpStream::connect(ADDRESS).await.context("connect")?);
         stream.write_all(b"release\n").await.context("ask")?;
@@ -130,11 +131,6 @@ async fn until_answered_by(prefix: &str) -> Result<()> {
     Ok(())
 }
 
-fn quantile(mut all: Vec<Duration>, share: f64) -> Duration {
-    all.sort_unstable();
-    all.get(((all.len() as f64 - 1.0) * share) as usize).copied().unwrap_or_default()
-}
-
 /// One morph under load: `from` and `to` begin the releases of the kernels.
 fn morph(g: &Guest, kernel: &str, from: &str, to: &str) -> Result<()> {
     let crowd = Crowd::start(g);
@@ -163,14 +159,14 @@ fn morph(g: &Guest, kernel: &str, from: &str, to: &str) -> Result<()> {
         let right = matches!(s.releases.as_slice(), [a, b] if a.starts_with(from) && b.starts_with(to));
         g.check(right, || format!("a client was answered by {:?}", s.releases))?;
     }
-    let took: Vec<Duration> = seen.iter().flat_map(|s| s.took.clone()).collect();
+    let mut took: Vec<Duration> = seen.iter().flat_map(|s| s.took.clone()).collect();
     g.say(&format!(
         "{} answers to {CLIENTS} clients, none lost; longest gap {:.1?}; a question takes p50 {:.1?}, p99 {:.1?}, longest {:.1?}",
         seen.iter().map(|s| s.answers).sum::<u64>(),
         seen.iter().map(|s| s.gap).max().unwrap_or_default(),
-        quantile(took.clone(), 0.5),
-        quantile(took.clone(), 0.99),
-        quantile(took, 1.0),
+        quantile(&mut took, 0.5),
+        quantile(&mut took, 0.99),
+        quantile(&mut took, 1.0),
     ));
     let after = g.healthy("web")?;
     g.check(failed(&after) == failed(&before), || format!("connections were lost: {after:?}"))

@@ -57,6 +57,7 @@ pub(super) async fn boot(series: &str) -> Result<Partition> {
         initramfs: Some(WORKLOAD.into()),
         cmdline: String::new(),
         pulse_period: Duration::from_millis(10),
+        growth: Default::default(),
     };
     p.boot(&request).await.context("boot")?;
     drop(tool::dial(A).await?);

@@ -148,17 +148,23 @@ impl Writer {
         }
     }
 
-    /// Write these, or never: they are not kept for later.
+    /// Write these, or never: they are not kept for later. Whoever decides keeps clients waiting, so this does not wait
+    /// for the disk: the operating system has it, whatever becomes of this process, and when the machine loses its power
+    /// the kernels that were decided about are gone with it.
     fn decide(&mut self, writes: &[Write]) -> Result<(), OpError> {
         let failed = |why: String| OpError::new(ErrorKind::Internal, format!("journal: not written: {why}"));
         if let Some(why) = &*self.trouble.borrow() {
             return Err(failed(why.clone()));
         }
-        let tx = self.db.transaction().map_err(|e| failed(e.to_string()))?;
-        for write in writes {
-            apply(&tx, write).map_err(|e| failed(e.to_string()))?;
+        let written = self.db.pragma_update(None, "synchronous", "NORMAL").and_then(|()| {
+            let tx = self.db.transaction()?;
+            writes.iter().try_for_each(|write| apply(&tx, write))?;
+            tx.commit()
+        });
+        if let Err(error) = self.db.pragma_update(None, "synchronous", "FULL") {
+            error!(%error, "steps may reach the disk late");
         }
-        tx.commit().map_err(|e| failed(e.to_string()))
+        written.map_err(|e| failed(e.to_string()))
     }
 
     fn retry(&mut self) {

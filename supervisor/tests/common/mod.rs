@@ -223,6 +223,7 @@ impl Daemon<'_> {
             boot_timeout_s: None,
             wait: true,
             publish: vec![],
+            handover_bytes: 0,
         };
         self.call(&Request::Spawn(args)).await.unwrap()
     }

@@ -8,8 +8,12 @@ pub struct Morph {
     limits: Limits,
     phase: Phase,
     goal: Goal,
-    /// Rounds of copying so far.
+    /// Rounds of copying so far, and before it began to copy the last time.
     rounds: u32,
+    before: u32,
+    /// Bytes of the latest round.
+    latest: u64,
+    throttle: Throttle,
     /// Why it is being rolled back.
     why: String,
     closing: bool,
@@ -17,6 +21,37 @@ pub struct Morph {
 
 const BEING_DECIDED: &str = "the morph is being committed: it can only go forward";
 const GOING_BACK: &str = "the morph is being rolled back: wait until that has ended";
+
+/// How far the workload is held back, in percent. The last steps are made in time for a round with each.
+const STEPS: [u8; 6] = [30, 60, 80, 90, 96, 99];
+
+/// How far a workload is held back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Throttle {
+    #[default]
+    Free,
+    /// By this share of its pace, in percent.
+    By(u8),
+    /// It was, and goes on unhindered because an operator thinks.
+    Lifted(u8),
+}
+
+impl Throttle {
+    fn percent(self) -> u8 {
+        match self {
+            Throttle::By(percent) => percent,
+            Throttle::Free | Throttle::Lifted(_) => 0,
+        }
+    }
+
+    /// A step further, so that as many rounds are enough.
+    fn more(self, rounds: u32) -> Throttle {
+        let done = STEPS.iter().filter(|s| **s <= self.percent()).count();
+        let left = usize::try_from(rounds).unwrap_or(usize::MAX);
+        let next = done.max(STEPS.len().saturating_sub(left)).min(STEPS.len() - 1);
+        Throttle::By(STEPS.get(next).copied().unwrap_or_default())
+    }
+}
 
 impl Morph {
     /// No morph is under way.
@@ -26,6 +61,9 @@ impl Morph {
             phase: Phase::Idle,
             goal: Goal::Prepare,
             rounds: 0,
+            before: 0,
+            latest: 0,
+            throttle: Throttle::Free,
             why: String::new(),
             closing: false,
         }
@@ -50,7 +88,12 @@ impl Morph {
         (m.phase, m.goal, m.rounds, m.why) = (saved.phase, saved.goal, saved.rounds, saved.why);
         match m.phase {
             Phase::Idle | Phase::Prepared | Phase::Validated => {}
-            Phase::Committing => out.push(Action::Activate),
+            // Whoever was giving it back did not write that down.
+            Phase::Committing | Phase::Returning => {
+                m.phase = Phase::Committing;
+                out.push(Action::Activate);
+            }
+            Phase::Growing => out.push(Action::Grow),
             Phase::RollingBack => out.push(Action::Undo),
             Phase::Preparing
             | Phase::Negotiating
@@ -106,13 +149,35 @@ impl Morph {
             Event::Activated if self.phase == Phase::Committing => {
                 self.finish("the new kernel serves".into(), Outcome::Committed, &mut out);
             }
+            Event::Grows if self.phase == Phase::Committing => {
+                self.enter(
+                    Phase::Growing,
+                    "the new kernel serves: it gets the CPUs and the memory of the old one",
+                    &mut out,
+                );
+                out.push(Action::Grow);
+            }
+            Event::Grown(missing) if self.phase == Phase::Growing => self.grown(missing, &mut out),
+            Event::NotActivated(why) if self.phase == Phase::Committing => {
+                self.enter(
+                    Phase::Returning,
+                    format!("the new kernel was stopped before it served anybody: {why}"),
+                    &mut out,
+                );
+                self.why = format!("the new kernel did not take over: {why}");
+                out.push(Action::GiveBack);
+            }
+            Event::Returned if self.phase == Phase::Returning => {
+                let why = std::mem::take(&mut self.why);
+                self.undo(why, &mut out);
+            }
             Event::Undone if self.phase == Phase::RollingBack => {
                 let why = std::mem::take(&mut self.why);
                 self.finish(format!("the old kernel goes on: {why}"), Outcome::RolledBack(why), &mut out);
             }
             Event::Failed(why) => self.failed(why, &mut out),
-            Event::OldGone(why) => self.gone(format!("the old kernel is gone: {why}"), &mut out),
-            Event::NewGone(why) => self.gone(format!("the new kernel is gone: {why}"), &mut out),
+            Event::OldGone(why) => self.gone(false, format!("the old kernel is gone: {why}"), &mut out),
+            Event::NewGone(why) => self.gone(true, format!("the new kernel is gone: {why}"), &mut out),
             Event::Timeout if self.is_timed() => {
                 let text = format!("{} took longer than {:?}", self.phase.name(), self.limits.phase);
                 self.undo(text, &mut out);
@@ -127,6 +192,10 @@ impl Morph {
             | Event::NotRecorded(_)
             | Event::RecordUnknown
             | Event::Activated
+            | Event::Grows
+            | Event::Grown(_)
+            | Event::NotActivated(_)
+            | Event::Returned
             | Event::Undone
             | Event::Timeout => {}
         }
@@ -152,11 +221,13 @@ impl Morph {
     fn go(&mut self, goal: Goal, out: &mut Vec<Action>) {
         match self.phase {
             Phase::Idle => {
-                (self.goal, self.rounds) = (goal, 0);
+                (self.goal, self.rounds, self.throttle) = (goal, 0, Throttle::Free);
                 self.enter(Phase::Preparing, "starting the new kernel", out);
                 out.push(Action::Start);
             }
-            Phase::Recording | Phase::Committing => out.push(Action::Refuse(BEING_DECIDED)),
+            Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
+                out.push(Action::Refuse(BEING_DECIDED));
+            }
             Phase::RollingBack => out.push(Action::Refuse(GOING_BACK)),
             _ if goal == Goal::Prepare => {
                 out.push(Action::Refuse("a morph is under way: commit it or roll it back"))
@@ -181,7 +252,9 @@ impl Morph {
     fn cancel(&mut self, why: String, out: &mut Vec<Action>) {
         match self.phase {
             Phase::Idle => out.push(Action::Refuse("no morph is under way")),
-            Phase::Recording | Phase::Committing => out.push(Action::Refuse(BEING_DECIDED)),
+            Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
+                out.push(Action::Refuse(BEING_DECIDED));
+            }
             Phase::RollingBack => {}
             _ => self.undo(why, out),
         }
@@ -202,34 +275,68 @@ impl Morph {
     }
 
     fn transfer(&mut self, detail: &str, out: &mut Vec<Action>) {
+        (self.before, self.latest) = (self.rounds, u64::MAX);
+        // What was needed is needed again.
+        if let Throttle::Lifted(percent) = self.throttle {
+            self.throttle = Throttle::By(percent);
+        }
         self.enter(Phase::Transferring, detail, out);
-        out.push(Action::Transfer { round: self.rounds });
+        self.copy(out);
+    }
+
+    fn copy(&self, out: &mut Vec<Action>) {
+        out.push(Action::Transfer { round: self.rounds, throttle: self.throttle.percent() });
     }
 
     /// Whether to copy again what changed meanwhile, or to go on.
     fn round(&mut self, round: Round, out: &mut Vec<Action>) {
         self.rounds = self.rounds.saturating_add(1);
+        let left = self.limits.rounds.saturating_sub(self.rounds.saturating_sub(self.before));
         // What changed during this round takes as long to copy as this round at most, if the next is no slower.
         let small = round.bytes == 0 || round.took <= self.limits.downtime;
-        if !small && self.rounds < self.limits.rounds {
+        if !small && left > 0 {
+            self.hold_back(round, left);
             // Each round has the whole time.
-            out.extend([Action::Arm(self.limits.phase), Action::Transfer { round: self.rounds }]);
-            return;
+            out.push(Action::Arm(self.limits.phase));
+            return self.copy(out);
         }
-        let left = format!("round {} copied {} bytes in {:?}", self.rounds, round.bytes, round.took);
-        if !small && self.limits.dirty == Dirty::GiveUp {
+        let copied = format!("round {} copied {} bytes in {:?}", self.rounds, round.bytes, round.took);
+        if !small && self.limits.dirty != Dirty::Accept {
+            let held = match (self.throttle.percent(), round.throttled) {
+                (0, _) => "",
+                (_, 0) => ", and it cannot be throttled",
+                _ => ", although it was throttled",
+            };
             let why = format!(
-                "{left}: the workload changes its state faster than it can be copied within {:?}",
+                "{copied}: the workload changes its state faster than it can be copied within {:?}{held}",
                 self.limits.downtime
             );
             return self.undo(why, out);
         }
-        self.enter(Phase::Validating, format!("{left}: checking it and the new kernel"), out);
-        out.push(Action::Validate);
+        self.enter(Phase::Validating, format!("{copied}: checking it and the new kernel"), out);
+        let lift = self.goal != Goal::Commit && self.throttle.percent() > 0;
+        if lift {
+            self.throttle = Throttle::Lifted(self.throttle.percent());
+        }
+        out.push(Action::Validate { lift });
+    }
+
+    /// Have the workload change its state more slowly when rounds do not become smaller fast enough. The first one
+    /// copies everything: it says nothing of that.
+    fn hold_back(&mut self, round: Round, left: u32) {
+        let full = self.rounds <= 1;
+        let shrinks = round.bytes <= self.latest / 2;
+        self.latest = round.bytes;
+        let time = left > STEPS.len() as u32;
+        if self.limits.dirty == Dirty::Throttle && !full && !(shrinks && time) {
+            self.throttle = self.throttle.more(left);
+        }
     }
 
     fn valid(&mut self, out: &mut Vec<Action>) {
-        if self.goal == Goal::Commit {
+        if self.goal == Goal::Commit && matches!(self.throttle, Throttle::Lifted(_)) {
+            self.transfer("to be committed: copying what changed since", out);
+        } else if self.goal == Goal::Commit {
             self.enter(Phase::Freezing, "validated: freezing the workload for its last changes", out);
             out.push(Action::Freeze);
         } else {
@@ -244,7 +351,7 @@ impl Morph {
             // Only the store says how this ends.
             Phase::Recording => {}
             // The instance is the new kernel: whatever is wrong with it is its own recovery's work.
-            Phase::Committing => {
+            Phase::Committing | Phase::Returning => {
                 out.push(Action::Alert(format!(
                     "the new kernel was committed and does not take over: {why}"
                 )));
@@ -254,6 +361,7 @@ impl Morph {
                     out,
                 );
             }
+            Phase::Growing => self.grown(Some(why), out),
             Phase::RollingBack => {
                 out.push(Action::Alert(format!("the new kernel could not be removed: {why}")));
                 let text = std::mem::take(&mut self.why);
@@ -264,12 +372,30 @@ impl Morph {
         }
     }
 
-    fn gone(&mut self, why: String, out: &mut Vec<Action>) {
+    fn gone(&mut self, new: bool, why: String, out: &mut Vec<Action>) {
         match self.phase {
             // What is done or decided does not need that kernel any more, or finds out by itself.
-            Phase::Idle | Phase::Recording | Phase::Committing | Phase::RollingBack => {}
+            Phase::Idle | Phase::Recording | Phase::Committing | Phase::Returning | Phase::RollingBack => {}
+            Phase::Growing if new => {
+                self.finish(format!("{why}; the next one starts with everything"), Outcome::Committed, out);
+            }
+            Phase::Growing => {}
             _ => self.undo(why, out),
         }
+    }
+
+    /// The new kernel serves in any case.
+    fn grown(&mut self, missing: Option<String>, out: &mut Vec<Action>) {
+        let detail = match missing {
+            None => "the new kernel has everything the old one had".into(),
+            Some(missing) => {
+                out.push(Action::Alert(format!(
+                    "the new kernel serves with less than the old one had: {missing}"
+                )));
+                format!("the new kernel serves; {missing}")
+            }
+        };
+        self.finish(detail, Outcome::Committed, out);
     }
 
     fn undo(&mut self, why: String, out: &mut Vec<Action>) {
@@ -280,6 +406,7 @@ impl Morph {
 
     fn finish(&mut self, detail: String, outcome: Outcome, out: &mut Vec<Action>) {
         (self.phase, self.goal, self.rounds) = (Phase::Idle, Goal::Prepare, 0);
+        (self.before, self.latest, self.throttle) = (0, 0, Throttle::Free);
         let committed = Some(outcome == Outcome::Committed);
         out.push(Action::Journal { phase: Phase::Idle.name(), detail, committed });
         out.extend([Action::Disarm, Action::Settled(outcome)]);

@@ -1,8 +1,10 @@
 //! Replacing the kernel of a running instance: what is decided and done at every step.
 //!
-//! `RUNNING -> MORPH_PREPARING -> MORPH_NEGOTIATING -> MORPH_TRANSFERRING -> MORPH_VALIDATING -> COMMITTING`, or
-//! `ROLLING_BACK`, `-> RUNNING`. The commit record in the journal is the decision: up to it every failure leads
-//! back to the old kernel, after it everything goes forward to the new one.
+//! `RUNNING -> MORPH_PREPARING -> MORPH_NEGOTIATING -> MORPH_TRANSFERRING -> MORPH_VALIDATING -> COMMITTING
+//! -> MORPH_GROWING`, or `ROLLING_BACK`, `-> RUNNING`. The commit record in the journal is the decision: up to it every failure leads
+//! back to the old kernel, after it everything goes forward to the new one. There is one way back from it: a new
+//! kernel that is stopped before it has served anybody leaves the whole state with the old one, and a second record
+//! says so.
 
 mod machine;
 #[cfg(test)]
@@ -41,13 +43,17 @@ pub enum Phase {
     Recording,
     /// The commit record is written: the new kernel takes over.
     Committing,
+    /// The new kernel serves, the old one is stopped: the new one gets what it had.
+    Growing,
+    /// The new kernel did not take over, and never will: a second record gives the instance back to the old one.
+    Returning,
     /// The old kernel goes on, the new one is stopped and its resources are given back.
     RollingBack,
 }
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Phase; 11] = [
+    pub const ALL: [Phase; 13] = [
         Phase::Idle,
         Phase::Preparing,
         Phase::Prepared,
@@ -58,6 +64,8 @@ impl Phase {
         Phase::Freezing,
         Phase::Recording,
         Phase::Committing,
+        Phase::Growing,
+        Phase::Returning,
         Phase::RollingBack,
     ];
 
@@ -70,7 +78,8 @@ impl Phase {
             Phase::Transferring => "MORPH_TRANSFERRING",
             Phase::Validating | Phase::Validated | Phase::Freezing => "MORPH_VALIDATING",
             Phase::Recording | Phase::Committing => "COMMITTING",
-            Phase::RollingBack => "ROLLING_BACK",
+            Phase::Growing => "MORPH_GROWING",
+            Phase::Returning | Phase::RollingBack => "ROLLING_BACK",
         }
     }
 
@@ -116,8 +125,16 @@ pub enum Event {
     NotRecorded(String),
     /// It cannot be known whether it is.
     RecordUnknown,
-    /// The new kernel has taken over.
+    /// The new kernel has taken over, and has all it is to have.
     Activated,
+    /// The new kernel has taken over, and is to get CPUs or memory of the old one.
+    Grows,
+    /// It has got them; otherwise what is missing and why.
+    Grown(Option<String>),
+    /// The new kernel is stopped and has never served anybody, although it was decided that it should; why.
+    NotActivated(String),
+    /// The instance is the old kernel again: that is written down.
+    Returned,
     /// The old kernel goes on, of the new one nothing is left.
     Undone,
     /// What was under way failed; why.
@@ -141,6 +158,8 @@ pub struct Round {
     pub bytes: u64,
     /// How long it took.
     pub took: Duration,
+    /// Share of its pace, in percent, by which the workload was held back from changing its state.
+    pub throttled: u8,
 }
 
 /// What to do with a workload that changes its state faster than it can be copied.
@@ -152,6 +171,8 @@ pub enum Dirty {
     GiveUp,
     /// Commit with a longer interruption.
     Accept,
+    /// Have the workload change its state more slowly, until it can be copied. One that cannot is given up.
+    Throttle,
 }
 
 /// Limits of a morph.
@@ -198,9 +219,14 @@ pub enum Action {
     Transfer {
         /// Number of the round.
         round: u32,
+        /// Share of its pace, in percent, by which the workload is held back from now on.
+        throttle: u8,
     },
     /// Check the new kernel and what it has.
-    Validate,
+    Validate {
+        /// Before that let the workload go on unhindered: nobody knows how long the operator thinks.
+        lift: bool,
+    },
     /// Hold the traffic, freeze the workload, copy the last changes, check them.
     Freeze,
     /// Write the commit record: from it on the instance is the new kernel.
@@ -209,6 +235,10 @@ pub enum Action {
     LookUpRecord,
     /// Have the new kernel take over, release the traffic to it, stop the old one.
     Activate,
+    /// Give the new kernel the CPUs and the memory that the old one had.
+    Grow,
+    /// Write a second record: the instance is the old kernel, whose workload still stands still.
+    GiveBack,
     /// Stop what is under way, thaw the old workload, release the traffic to it, stop the new kernel and give back
     /// what it had.
     Undo,

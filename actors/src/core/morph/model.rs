@@ -45,6 +45,14 @@ struct World {
     work: Option<Work>,
     old: Old,
     new: New,
+    /// The new kernel was active once.
+    served: bool,
+    /// The instance was given back.
+    returned: bool,
+    /// The old kernel's workload is held back.
+    held: bool,
+    /// The new kernel has CPUs and memory of the old one.
+    grown: bool,
     /// Faults that may still happen, and wishes that may still come.
     faults: u8,
     wishes: u8,
@@ -58,8 +66,8 @@ enum Move {
     Write,
     /// Work is done.
     Do,
-    /// The old kernel is retired, the new one is not active yet.
-    Retire,
+    /// The new kernel is active, the old one is not retired yet.
+    Activate,
     /// The new kernel is gone, the old one is not thawed yet.
     Remove,
     /// It is reported.
@@ -77,6 +85,14 @@ enum Move {
 }
 
 struct Rules;
+
+/// A workload that is too fast is found out in the second round, and held back in the third.
+const LIMITS: Limits = Limits {
+    phase: Duration::from_secs(60),
+    downtime: Duration::from_millis(5),
+    rounds: 3,
+    dirty: Dirty::Throttle,
+};
 
 impl World {
     fn serving(&self) -> usize {
@@ -104,11 +120,13 @@ impl World {
                 Action::Start
                 | Action::Negotiate
                 | Action::Transfer { .. }
-                | Action::Validate
+                | Action::Validate { .. }
                 | Action::Freeze
                 | Action::Record
                 | Action::LookUpRecord
                 | Action::Activate
+                | Action::GiveBack
+                | Action::Grow
                 | Action::Undo => self.next = Some(action),
                 Action::Arm(_)
                 | Action::Disarm
@@ -133,20 +151,33 @@ impl World {
     fn perform(&mut self, what: &Action) {
         match what {
             Action::Start if self.new == New::None => self.new = New::Up,
-            Action::Freeze if self.old == Old::Serving => self.old = Old::Frozen,
+            Action::Transfer { throttle, .. } => self.held = *throttle > 0 && self.old == Old::Serving,
+            Action::Validate { lift: true } => self.held = false,
+            // One that stands still is not held back: when it goes on, it goes on unhindered.
+            Action::Freeze if self.old == Old::Serving => (self.old, self.held) = (Old::Frozen, false),
             Action::Record => {
                 self.decided = true;
                 // Written together with the record.
                 self.journal.phase = Phase::Committing;
             }
             Action::Activate => {
-                self.retire();
                 if self.new == New::Up {
-                    self.new = New::Active;
+                    (self.new, self.served) = (New::Active, true);
                 }
+                // The old one is let go when the new one serves.
+                if self.new == New::Active || self.old != Old::Frozen {
+                    self.retire();
+                }
+            }
+            Action::Grow => self.grown |= self.new == New::Active,
+            Action::GiveBack => {
+                (self.decided, self.returned) = (false, true);
+                // Written together with the second record.
+                self.journal.phase = Phase::RollingBack;
             }
             Action::Undo => {
                 self.new = New::None;
+                self.held = false;
                 if self.old == Old::Frozen {
                     self.old = Old::Serving;
                 }
@@ -156,6 +187,7 @@ impl World {
     }
 
     fn retire(&mut self) {
+        self.held = false;
         if self.old != Old::Dead {
             self.old = Old::Retired;
         }
@@ -165,14 +197,23 @@ impl World {
         match what {
             Action::Start => Event::Ready,
             Action::Negotiate => Event::Agreed,
-            Action::Transfer { .. } => Event::Round(Round { bytes: 1, took: Duration::ZERO }),
-            Action::Validate => Event::Valid,
+            // It changes too fast unless it is held back.
+            Action::Transfer { throttle, .. } => {
+                let took = if *throttle == 0 { Duration::from_secs(1) } else { Duration::ZERO };
+                Event::Round(Round { bytes: 1, took, throttled: *throttle })
+            }
+            Action::Validate { .. } => Event::Valid,
             Action::Freeze => Event::Frozen,
             Action::Record => Event::Recorded,
             Action::LookUpRecord if self.decided => Event::Recorded,
             Action::LookUpRecord => Event::NotRecorded(String::new()),
-            Action::Activate if self.new == New::Active => Event::Activated,
+            Action::Activate if self.new == New::Active => Event::Grows,
+            Action::Grow if self.grown => Event::Grown(None),
+            Action::Grow => Event::Grown(Some(String::new())),
+            // Stopped, and never active: the old one has everything.
+            Action::Activate if self.old == Old::Frozen && !self.served => Event::NotActivated(String::new()),
             Action::Activate => Event::Failed(String::new()),
+            Action::GiveBack => Event::Returned,
             _ => Event::Undone,
         }
     }
@@ -184,7 +225,7 @@ impl Model for Rules {
 
     fn init_states(&self) -> Vec<World> {
         vec![World {
-            daemon: Some(Morph::new(Limits::default())),
+            daemon: Some(Morph::new(LIMITS)),
             journal: Saved::default(),
             decided: false,
             unwritten: None,
@@ -192,6 +233,10 @@ impl Model for Rules {
             work: None,
             old: Old::Serving,
             new: New::None,
+            served: false,
+            returned: false,
+            held: false,
+            grown: false,
             faults: 3,
             wishes: 4,
         }]
@@ -213,14 +258,17 @@ impl Model for Rules {
             }
             if let Some(work) = &w.work {
                 moves.push(if work.done { Move::Report } else { Move::Do });
-                if !work.done && work.what == Action::Activate && matches!(w.old, Old::Serving | Old::Frozen)
-                {
-                    moves.push(Move::Retire);
+                // The new one is active, the old one does not know yet.
+                if !work.done && work.what == Action::Activate && w.new == New::Up {
+                    moves.push(Move::Activate);
                 }
                 if !work.done && work.what == Action::Undo && w.new != New::None {
                     moves.push(Move::Remove);
                 }
-                let certain = matches!(work.what, Action::LookUpRecord | Action::Undo | Action::Activate);
+                let certain = matches!(
+                    work.what,
+                    Action::LookUpRecord | Action::Undo | Action::Activate | Action::GiveBack
+                );
                 if w.faults > 0 && !certain {
                     moves.push(if work.what == Action::Record { Move::LoseRecord } else { Move::Fail });
                 }
@@ -271,7 +319,7 @@ impl Model for Rules {
                 w.perform(&what);
                 w.work = Some(Work { what, done: true });
             }
-            Move::Retire => w.retire(),
+            Move::Activate => (w.new, w.served) = (New::Active, true),
             Move::Remove => w.new = New::None,
             Move::Report => {
                 let what = w.work.take()?.what;
@@ -281,7 +329,7 @@ impl Model for Rules {
             Move::Fail => w.answered(Event::Failed(String::new())),
             Move::LoseRecord => w.answered(Event::RecordUnknown),
             Move::OldDies => {
-                w.old = Old::Dead;
+                (w.old, w.held) = (Old::Dead, false);
                 w.look();
             }
             Move::NewDies => {
@@ -290,9 +338,11 @@ impl Model for Rules {
             }
             Move::DaemonDies => {
                 (w.daemon, w.unwritten, w.next, w.work) = (None, None, None, None);
+                // Its agent sees that the connection ends.
+                w.held = false;
             }
             Move::DaemonStarts => {
-                let (m, actions) = Morph::resume(Limits::default(), w.journal.clone());
+                let (m, actions) = Morph::resume(LIMITS, w.journal.clone());
                 w.daemon = Some(m);
                 w.obey(actions);
                 w.look();
@@ -319,6 +369,19 @@ impl Model for Rules {
                 let Some(m) = &w.daemon else { return true };
                 let rest = m.phase() == Phase::Idle && w.work.is_none() && w.next.is_none();
                 !rest || w.serving() == 1 || w.old == Old::Dead || matches!(w.new, New::Dead)
+            }),
+            Property::always("nobody is held back while nothing is done", |_, w: &World| {
+                let Some(m) = &w.daemon else { return true };
+                let resting = m.phase() == Phase::Idle || m.phase().waits();
+                !resting || w.work.is_some() || w.next.is_some() || !w.held
+            }),
+            Property::sometimes("a workload is held back", |_, w: &World| w.held),
+            Property::always("nothing has two owners", |_, w: &World| {
+                !w.grown || matches!(w.old, Old::Retired | Old::Dead)
+            }),
+            Property::sometimes("the new one has what the old one had", |_, w: &World| w.grown),
+            Property::sometimes("an instance is given back", |_, w: &World| {
+                w.old == Old::Serving && w.new == New::None && w.returned
             }),
             Property::sometimes("a commit", |_, w: &World| w.new == New::Active),
             Property::sometimes("a commit after the daemon died", |_, w: &World| {

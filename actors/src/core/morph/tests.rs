@@ -2,8 +2,8 @@ use proptest::prelude::{prop, prop_assert, prop_assert_eq, proptest};
 
 use super::*;
 
-const BIG: Round = Round { bytes: 1 << 20, took: Duration::from_millis(50) };
-const SMALL: Round = Round { bytes: 4096, took: Duration::from_millis(1) };
+const BIG: Round = Round { bytes: 1 << 20, took: Duration::from_millis(50), throttled: 0 };
+const SMALL: Round = Round { bytes: 4096, took: Duration::from_millis(1), throttled: 0 };
 
 fn event(n: usize) -> Event {
     let t = || "why".to_owned();
@@ -28,10 +28,15 @@ fn event(n: usize) -> Event {
         17 => Event::NewGone(t()),
         18 => Event::Timeout,
         19 => Event::Limits(Limits::default()),
-        _ => Event::Shutdown,
+        20 => Event::Shutdown,
+        21 => Event::NotActivated(t()),
+        22 => Event::Returned,
+        23 => Event::Grows,
+        24 => Event::Grown(None),
+        _ => Event::Grown(Some(t())),
     }
 }
-const EVENTS: usize = 21;
+const EVENTS: usize = 26;
 
 /// How each phase is reached, going as far as `goal`.
 fn at(phase: Phase, goal: Goal) -> Morph {
@@ -50,6 +55,8 @@ fn at(phase: Phase, goal: Goal) -> Morph {
         Phase::Validated | Phase::Freezing => &[100, 4, 5, 7, 8],
         Phase::Recording => &[100, 4, 5, 7, 8, 9],
         Phase::Committing => &[100, 4, 5, 7, 8, 9, 10],
+        Phase::Growing => &[100, 4, 5, 7, 8, 9, 10, 23],
+        Phase::Returning => &[100, 4, 5, 7, 8, 9, 10, 21],
         Phase::RollingBack => &[100, 3],
     };
     for &n in path {
@@ -65,12 +72,16 @@ fn trace(actions: &[Action]) -> String {
         Action::Journal { phase, committed: Some(c), .. } => format!("{phase}({c})"),
         Action::Start => "start".into(),
         Action::Negotiate => "negotiate".into(),
-        Action::Transfer { round } => format!("transfer({round})"),
-        Action::Validate => "validate".into(),
+        Action::Transfer { round, throttle: 0 } => format!("transfer({round})"),
+        Action::Transfer { round, throttle } => format!("transfer({round}, {throttle} %)"),
+        Action::Validate { lift: false } => "validate".into(),
+        Action::Validate { lift: true } => "lift and validate".into(),
         Action::Freeze => "freeze".into(),
         Action::Record => "record".into(),
         Action::LookUpRecord => "look-up".into(),
         Action::Activate => "activate".into(),
+        Action::GiveBack => "give-back".into(),
+        Action::Grow => "grow".into(),
         Action::Undo => "undo".into(),
         Action::Arm(_) => "arm".into(),
         Action::Disarm => "disarm".into(),
@@ -88,9 +99,10 @@ const BACK: &str = "RollingBack ROLLING_BACK disarm undo";
 /// What every phase does with every event, on the way to a commit; "." is nothing at all.
 #[test]
 fn every_event_in_every_phase() {
-    let rows: [(Phase, [&str; EVENTS]); 11] = [
+    let rows: [(Phase, [&str; EVENTS]); 13] = [
         // Go: prepare, validate, commit | Cancel | Ready Agreed Round(big) Round(small) Valid Frozen
         // Recorded NotRecorded RecordUnknown Activated Undone | Failed OldGone NewGone | Timeout Limits Shutdown
+        // NotActivated Returned | Grows Grown Grown(missing)
         (
             Phase::Idle,
             [
@@ -115,6 +127,11 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -141,6 +158,11 @@ fn every_event_in_every_phase() {
                 BACK,
                 "arm",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -167,6 +189,11 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -193,6 +220,11 @@ fn every_event_in_every_phase() {
                 BACK,
                 "arm",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -219,6 +251,11 @@ fn every_event_in_every_phase() {
                 BACK,
                 "arm",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -245,6 +282,11 @@ fn every_event_in_every_phase() {
                 BACK,
                 "arm",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -271,6 +313,11 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -297,6 +344,11 @@ fn every_event_in_every_phase() {
                 BACK,
                 "arm",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -323,6 +375,11 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -349,6 +406,73 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                "Returning ROLLING_BACK give-back",
+                ".",
+                "Growing MORPH_GROWING grow",
+                ".",
+                ".",
+            ],
+        ),
+        (
+            Phase::Growing,
+            [
+                "refuse",
+                "refuse",
+                "refuse",
+                "refuse",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                "Idle alert RUNNING(true) disarm committed",
+                ".",
+                "Idle RUNNING(true) disarm committed",
+                ".",
+                ".",
+                "disarm",
+                ".",
+                ".",
+                ".",
+                "Idle RUNNING(true) disarm committed",
+                "Idle alert RUNNING(true) disarm committed",
+            ],
+        ),
+        (
+            Phase::Returning,
+            [
+                "refuse",
+                "refuse",
+                "refuse",
+                "refuse",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
+                "Idle alert RUNNING(true) disarm committed",
+                ".",
+                ".",
+                ".",
+                ".",
+                "disarm",
+                ".",
+                BACK,
+                ".",
+                ".",
+                ".",
             ],
         ),
         (
@@ -375,6 +499,11 @@ fn every_event_in_every_phase() {
                 ".",
                 ".",
                 "disarm",
+                ".",
+                ".",
+                ".",
+                ".",
+                ".",
             ],
         ),
     ];
@@ -429,11 +558,76 @@ fn rounds_end_when_little_is_left_or_by_what_the_operator_wants() {
         assert_eq!(trace(&m.step(Event::Round(BIG))), "arm transfer(2)");
         assert_eq!(trace(&m.step(Event::Round(BIG))), want);
     }
-    let nothing = Round { bytes: 0, took: Duration::from_secs(1) };
+    let nothing = Round { bytes: 0, took: Duration::from_secs(1), throttled: 0 };
     assert_eq!(
         trace(&at(Phase::Transferring, Goal::Commit).step(Event::Round(nothing))),
         "MORPH_VALIDATING arm validate"
     );
+}
+
+fn throttling(rounds: u32, goal: Goal) -> Morph {
+    let mut m = at(Phase::Transferring, goal);
+    m.step(Event::Limits(Limits { dirty: Dirty::Throttle, rounds, ..Limits::default() }));
+    m
+}
+
+#[test]
+fn a_workload_that_is_too_fast_is_held_back_in_steps_and_the_last_one_has_a_round_too() {
+    let cases: [(u32, &[&str]); 3] = [
+        (16, &["1)", "2, 30 %)", "3, 60 %)", "4, 80 %)", "5, 90 %)", "6, 96 %)", "7, 99 %)", "8, 99 %)"]),
+        (4, &["1)", "2, 96 %)", "3, 99 %)"]),
+        (1, &[]),
+    ];
+    for (rounds, want) in cases {
+        let mut m = throttling(rounds, Goal::Commit);
+        for (n, want) in want.iter().enumerate() {
+            let got = trace(&m.step(Event::Round(BIG)));
+            assert_eq!(got, format!("arm transfer({want}"), "round {n} of {rounds}");
+        }
+    }
+    // One that does not help, and one that cannot be held back.
+    for (throttled, want) in [(99, "although it was throttled"), (0, "it cannot be throttled")] {
+        let mut m = throttling(3, Goal::Commit);
+        for _ in 0..2 {
+            m.step(Event::Round(BIG));
+        }
+        let end = m.step(Event::Round(Round { throttled, ..BIG }));
+        assert_eq!(trace(&end), "ROLLING_BACK disarm undo");
+        let Action::Journal { detail, .. } = &end[0] else { panic!("{end:?}") };
+        assert!(detail.ends_with(want), "{detail}");
+    }
+}
+
+#[test]
+fn a_workload_whose_rounds_become_small_by_themselves_is_not_held_back() {
+    let mut m = throttling(16, Goal::Commit);
+    let mut round = Round { bytes: 1 << 30, ..BIG };
+    for n in 1..9 {
+        assert_eq!(trace(&m.step(Event::Round(round))), format!("arm transfer({n})"));
+        round.bytes /= 2;
+    }
+    assert_eq!(trace(&m.step(Event::Round(SMALL))), "MORPH_VALIDATING arm validate");
+}
+
+#[test]
+fn nobody_is_held_back_while_an_operator_thinks() {
+    let mut m = throttling(16, Goal::Validate);
+    for _ in 0..3 {
+        m.step(Event::Round(BIG));
+    }
+    assert_eq!(trace(&m.step(Event::Round(SMALL))), "MORPH_VALIDATING arm lift and validate");
+    assert_eq!(trace(&m.step(Event::Valid)), "MORPH_VALIDATING disarm reached(Validate)");
+    // What was needed is needed again.
+    assert_eq!(trace(&m.step(Event::Go(Goal::Commit))), "MORPH_TRANSFERRING arm transfer(4, 60 %)");
+    assert_eq!(trace(&m.step(Event::Round(SMALL))), "MORPH_VALIDATING arm validate");
+    assert_eq!(trace(&m.step(Event::Valid)), "MORPH_VALIDATING arm freeze");
+    // He makes up his mind when it was let go already.
+    let mut m = throttling(16, Goal::Validate);
+    for round in [BIG, BIG, SMALL] {
+        m.step(Event::Round(round));
+    }
+    m.step(Event::Go(Goal::Commit));
+    assert_eq!(trace(&m.step(Event::Valid)), "MORPH_TRANSFERRING arm transfer(3, 30 %)");
 }
 
 #[test]
@@ -442,7 +636,8 @@ fn a_daemon_that_is_started_again_goes_on_waiting_goes_forward_or_goes_back() {
         let (m, actions) = Morph::resume(Limits::default(), at(phase, Goal::Commit).saved());
         let want = match phase {
             Phase::Idle | Phase::Prepared | Phase::Validated => (phase, ""),
-            Phase::Committing => (phase, "activate"),
+            Phase::Committing | Phase::Returning => (Phase::Committing, "activate"),
+            Phase::Growing => (phase, "grow"),
             Phase::RollingBack => (phase, "undo"),
             _ => (Phase::RollingBack, "ROLLING_BACK disarm undo"),
         };

@@ -8,6 +8,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{AgentSilent, Capture, Policy};
+use crate::core::morph::Dirty;
 
 /// A setting that cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,13 +67,21 @@ pub enum Key {
     MorphTimeout,
     /// [`Policy::drain_timeout`].
     DrainTimeout,
+    /// [`Policy::morph_downtime`].
+    MorphDowntime,
+    /// [`Policy::morph_rounds`].
+    MorphRounds,
+    /// [`Policy::morph_dirty`].
+    MorphDirty,
+    /// [`Policy::standby`].
+    Standby,
 }
 
 const DAY: u64 = 86_400_000;
 
 impl Key {
     /// Every setting, in the order they are shown.
-    pub const ALL: [Key; 16] = [
+    pub const ALL: [Key; 20] = [
         Key::HeartbeatTimeout,
         Key::PulsePeriod,
         Key::PulseMisses,
@@ -89,6 +98,10 @@ impl Key {
         Key::RestartMaxDelay,
         Key::MorphTimeout,
         Key::DrainTimeout,
+        Key::MorphDowntime,
+        Key::MorphRounds,
+        Key::MorphDirty,
+        Key::Standby,
     ];
 
     /// Name on the command line and in files.
@@ -110,6 +123,10 @@ impl Key {
             Key::RestartMaxDelay => "restart-max-delay",
             Key::MorphTimeout => "morph-timeout",
             Key::DrainTimeout => "drain-timeout",
+            Key::MorphDowntime => "morph-downtime",
+            Key::MorphRounds => "morph-rounds",
+            Key::MorphDirty => "morph-dirty",
+            Key::Standby => "standby",
         }
     }
 
@@ -132,6 +149,14 @@ impl Key {
             Key::RestartMaxDelay => "longest wait before a restart",
             Key::MorphTimeout => "longest time a new kernel may take to prove itself in a morph",
             Key::DrainTimeout => "after a morph, how long connections to the old kernel may go on",
+            Key::MorphDowntime => {
+                "longest time the last copy of a workload's state should take, while it stands still"
+            }
+            Key::MorphRounds => "rounds of copying before that",
+            Key::MorphDirty => {
+                "state changes faster than it can be copied: give the morph up, slow the workload down, or accept more downtime"
+            }
+            Key::Standby => "a second kernel that waits beside it, for a failure or a morph",
         }
     }
 
@@ -154,6 +179,10 @@ impl Key {
             Key::RestartMaxDelay => "a time from 0s to 24h",
             Key::MorphTimeout => "a time from 1s to 24h",
             Key::DrainTimeout => "a time from 0s to 24h",
+            Key::MorphDowntime => "a time from 1ms to 1h",
+            Key::MorphRounds => "a number from 1 to 1000",
+            Key::MorphDirty => "give-up, throttle, accept",
+            Key::Standby => "off, same (the image it runs), or the absolute path of a kernel image",
         }
     }
 
@@ -242,6 +271,15 @@ impl Policy {
             Key::RestartMaxDelay => time(self.restart_max),
             Key::MorphTimeout => time(self.morph_timeout),
             Key::DrainTimeout => time(self.drain_timeout),
+            Key::MorphDowntime => time(self.morph_downtime),
+            Key::MorphRounds => self.morph_rounds.to_string(),
+            Key::MorphDirty => match self.morph_dirty {
+                Dirty::GiveUp => "give-up",
+                Dirty::Accept => "accept",
+                Dirty::Throttle => "throttle",
+            }
+            .into(),
+            Key::Standby => self.standby.to_string(),
         }
     }
 
@@ -281,6 +319,17 @@ impl Policy {
             Key::RestartMaxDelay => self.restart_max = ranged(0, DAY)?,
             Key::MorphTimeout => self.morph_timeout = ranged(1000, DAY)?,
             Key::DrainTimeout => self.drain_timeout = ranged(0, DAY)?,
+            Key::MorphDowntime => self.morph_downtime = ranged(1, 3_600_000)?,
+            Key::MorphRounds => self.morph_rounds = counted(1, 1000)?,
+            Key::MorphDirty => {
+                self.morph_dirty = match text {
+                    "give-up" => Dirty::GiveUp,
+                    "accept" => Dirty::Accept,
+                    "throttle" => Dirty::Throttle,
+                    _ => return Err(bad()),
+                }
+            }
+            Key::Standby => self.standby = text.parse().map_err(|_| bad())?,
         }
         Ok(())
     }

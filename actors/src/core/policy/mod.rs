@@ -2,14 +2,17 @@
 
 mod keys;
 mod patch;
+mod standby;
 
 use std::time::Duration;
 
 use kmp::backoff::Backoff;
 use serde::{Deserialize, Serialize};
 
+use super::morph::Dirty;
 pub use keys::{Key, PolicyError};
 pub use patch::{Patch, Source};
+pub use standby::{Image, NoStandby, Standby};
 
 /// Shortest and longest interval between heartbeat requests.
 const HEARTBEAT_INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
@@ -77,6 +80,14 @@ pub struct Policy {
     pub morph_timeout: Duration,
     /// After a morph, how long connections of clients to the old kernel may go on.
     pub drain_timeout: Duration,
+    /// The last changes of a workload's state are copied while it stands still. That should take no longer.
+    pub morph_downtime: Duration,
+    /// Rounds of copying before that.
+    pub morph_rounds: u32,
+    /// What to do when that is not enough.
+    pub morph_dirty: Dirty,
+    /// A second kernel that is started beside it and waits.
+    pub standby: Standby,
 }
 
 impl Default for Policy {
@@ -100,6 +111,10 @@ impl Default for Policy {
             restart_max: Duration::from_secs(60),
             morph_timeout: Duration::from_secs(60),
             drain_timeout: Duration::from_secs(10),
+            morph_downtime: Duration::from_millis(10),
+            morph_rounds: 16,
+            morph_dirty: Dirty::GiveUp,
+            standby: Standby::Off,
         }
     }
 }

@@ -6,7 +6,7 @@ impl Recovery {
     pub(super) fn set_grouped(&mut self, grouped: bool, out: &mut Vec<Action>) {
         self.grouped = grouped;
         if !grouped && self.phase == Phase::Held {
-            self.boot("it belongs to no group any more: starting a new incarnation", out);
+            self.start("it belongs to no group any more", out);
         }
     }
 
@@ -35,6 +35,7 @@ impl Recovery {
             // An operator's start under way ends by itself; the group hears how.
             Phase::AwaitingService => {}
             Phase::Booting if !self.first => (self.blameless, self.go) = (true, false),
+            Phase::TakingOver => (self.blameless, self.go) = (true, false),
             Phase::Booting => {}
             Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources => self.go = false,
             Phase::Restarting => {
@@ -48,8 +49,8 @@ impl Recovery {
 
     pub(super) fn group_start(&mut self, out: &mut Vec<Action>) {
         match self.phase {
-            Phase::Held if self.restarts.len() <= 1 || self.blameless => {
-                self.boot("its group starts it: a new incarnation", out);
+            Phase::Held if self.restarts.len() <= 1 || self.blameless || self.can_take_over() => {
+                self.start("its group starts it", out);
             }
             Phase::Held => self.wait("its group starts it".into(), out),
             Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources => {
@@ -57,6 +58,7 @@ impl Recovery {
             }
             Phase::Stopped
             | Phase::Booting
+            | Phase::TakingOver
             | Phase::AwaitingService
             | Phase::Monitoring
             | Phase::DetectingFailure
@@ -79,7 +81,10 @@ impl Recovery {
                 out.push(Action::Reclaim { release_cpus: true });
             }
             // Taken back already, or on the way: given up when that is done.
-            Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources
+            Phase::PreparingRecovery
+            | Phase::CapturingVmcore
+            | Phase::ReclaimingResources
+            | Phase::TakingOver
                 if self.goal == Goal::Restart =>
             {
                 (self.goal, self.why) = (Goal::GiveUp, why);
@@ -87,6 +92,7 @@ impl Recovery {
             Phase::PreparingRecovery
             | Phase::CapturingVmcore
             | Phase::ReclaimingResources
+            | Phase::TakingOver
             | Phase::Stopped
             | Phase::Booting
             | Phase::AwaitingService
@@ -108,13 +114,15 @@ impl Recovery {
             Phase::PartialFence | Phase::Degraded => Standing::GivenUp,
             Phase::Held => Standing::Held,
             Phase::DetectingFailure => Standing::Left,
-            Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources => {
-                match self.goal {
-                    Goal::Restart => Standing::Down,
-                    Goal::GiveUp => Standing::GivenUp,
-                    Goal::Stop | Goal::Undo => Standing::Left,
-                }
-            }
+            Phase::TakingOver if self.goal == Goal::Restart => Standing::Starting,
+            Phase::PreparingRecovery
+            | Phase::CapturingVmcore
+            | Phase::ReclaimingResources
+            | Phase::TakingOver => match self.goal {
+                Goal::Restart => Standing::Down,
+                Goal::GiveUp => Standing::GivenUp,
+                Goal::Stop | Goal::Undo => Standing::Left,
+            },
         }
     }
 }

@@ -37,6 +37,8 @@ pub struct Recovery {
     pub(super) go: bool,
     /// Its group stops it: that is no failure of its own.
     pub(super) blameless: bool,
+    /// A kernel waits that can become the instance.
+    pub(super) standby: bool,
     closing: bool,
 }
 
@@ -59,6 +61,7 @@ impl Recovery {
             grouped: false,
             go: false,
             blameless: false,
+            standby: false,
             closing: false,
         }
     }
@@ -112,9 +115,12 @@ impl Recovery {
                     self.fail(format!("its resources could not be taken back: {text}"), &mut out);
                 }
             }
+            Event::Standby(ready) => self.standby = ready,
+            Event::TookOver(detail) => self.took_over(detail, &mut out),
+            Event::NotTakenOver(why) => self.not_taken_over(why, &mut out),
             Event::RestartTimer => {
                 if self.phase == Phase::Restarting {
-                    self.boot("the wait is over: starting a new incarnation", &mut out);
+                    self.start("the wait is over", &mut out);
                 }
             }
             Event::PolicyChanged => {
@@ -181,6 +187,7 @@ impl Recovery {
             | Phase::PreparingRecovery
             | Phase::CapturingVmcore
             | Phase::ReclaimingResources
+            | Phase::TakingOver
             | Phase::Restarting
             | Phase::Held => out.push(Action::Refuse("it runs already")),
         }
@@ -208,15 +215,16 @@ impl Recovery {
             }
             Phase::Restarting | Phase::Held => {
                 out.push(Action::DisarmRestart);
-                self.boot("recovery was asked for: starting a new incarnation now", out);
+                self.start("recovery was asked for", out);
             }
             Phase::Stopped => out.push(Action::Refuse("it does not run: spawn it")),
             Phase::Booting | Phase::AwaitingService => {
                 out.push(Action::Refuse("it is being started: wait, or terminate it"));
             }
-            Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources => {
-                out.push(Action::Refuse("it is being recovered or stopped already"));
-            }
+            Phase::PreparingRecovery
+            | Phase::CapturingVmcore
+            | Phase::ReclaimingResources
+            | Phase::TakingOver => out.push(Action::Refuse("it is being recovered or stopped already")),
         }
     }
 
@@ -225,6 +233,7 @@ impl Recovery {
             Phase::Stopped => out.push(Action::Refuse("it does not run")),
             // The start cannot be broken off: what it leaves is taken back when it ends.
             Phase::Booting
+            | Phase::TakingOver
             | Phase::PreparingRecovery
             | Phase::CapturingVmcore
             | Phase::ReclaimingResources => {
@@ -279,6 +288,7 @@ impl Recovery {
             | Phase::PreparingRecovery
             | Phase::CapturingVmcore
             | Phase::ReclaimingResources
+            | Phase::TakingOver
             | Phase::Restarting
             | Phase::Held
             | Phase::PartialFence
@@ -420,6 +430,13 @@ impl Recovery {
             let (n, period) = (self.restarts_within(now), self.policy.restart_period.as_secs());
             (self.goal, self.why) = (Goal::GiveUp, format!("it failed {n} times within {period} s"));
         }
+        if self.can_take_over() && !self.waits_for_group() {
+            return self.take_over(detail, out);
+        }
+        self.take_back(detail, out);
+    }
+
+    pub(super) fn take_back(&mut self, detail: &str, out: &mut Vec<Action>) {
         self.enter(Phase::ReclaimingResources, format!("{detail}; taking CPUs and memory back"), out);
         out.push(Action::Reclaim { release_cpus: self.goal != Goal::Restart });
     }
@@ -430,7 +447,8 @@ impl Recovery {
         }
         self.held = false;
         match self.goal {
-            Goal::Restart if self.grouped && !self.go && !self.maintenance => self.hold(detail, out),
+            Goal::Restart if self.waits_for_group() => self.hold(detail, out),
+            Goal::Restart if self.can_take_over() => self.take_over(&detail, out),
             Goal::Restart if self.restarts.len() <= 1 || self.blameless => {
                 self.boot(&format!("{detail}; starting a new incarnation"), out);
             }

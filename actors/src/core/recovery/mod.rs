@@ -1,7 +1,9 @@
 //! The life of an instance as its supervisor drives it: start, watch, fence, reclaim, restart.
 //!
 //! MONITORING → DETECTING_FAILURE → PREPARING_RECOVERY (fence) → CAPTURING_VMCORE (by policy) →
-//! RECLAIMING_RESOURCES → RESTARTING → RECOVERY_COMPLETE → MONITORING. A fence that is not complete stops in
+//! RECLAIMING_RESOURCES → RESTARTING → RECOVERY_COMPLETE → MONITORING. With a standby that is ready there is nothing to
+//! start: after the fence the instance becomes that kernel (TAKING_OVER), and what the dead one had is taken back beside
+//! that, by the record that stood for the standby before. A fence that is not complete stops in
 //! PARTIAL_FENCE; an instance that fails too often, or whose resources cannot be had back, stops in DEGRADED.
 //! A member of a group waits in HELD, with its resources taken back, until the group starts it.
 //! Every step is journaled before it is taken: in the list of actions a `Journal` comes before the effect it
@@ -10,6 +12,7 @@
 mod group;
 mod machine;
 mod resume;
+mod standby;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +47,8 @@ pub enum Phase {
     CapturingVmcore,
     /// Its CPUs and memory are being taken back.
     ReclaimingResources,
+    /// Its standby becomes the instance.
+    TakingOver,
     /// It waits for its next start.
     Restarting,
     /// Not all of its CPUs could be seen stopped.
@@ -57,7 +62,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Phase; 12] = [
+    pub const ALL: [Phase; 13] = [
         Phase::Stopped,
         Phase::Booting,
         Phase::AwaitingService,
@@ -66,6 +71,7 @@ impl Phase {
         Phase::PreparingRecovery,
         Phase::CapturingVmcore,
         Phase::ReclaimingResources,
+        Phase::TakingOver,
         Phase::Restarting,
         Phase::PartialFence,
         Phase::Held,
@@ -82,6 +88,7 @@ impl Phase {
             Phase::PreparingRecovery => "PREPARING_RECOVERY",
             Phase::CapturingVmcore => "CAPTURING_VMCORE",
             Phase::ReclaimingResources => "RECLAIMING_RESOURCES",
+            Phase::TakingOver => "TAKING_OVER",
             Phase::PartialFence => "PARTIAL_FENCE",
             Phase::Degraded => "DEGRADED",
         }
@@ -137,6 +144,12 @@ pub enum Event {
     Reclaimed(String),
     /// They could not be taken back.
     ReclaimError(String),
+    /// Whether a kernel waits that can become the instance.
+    Standby(bool),
+    /// It is the instance now, and was told to serve.
+    TookOver(String),
+    /// It is not, and never will be.
+    NotTakenOver(String),
     /// The wait before a restart is over.
     RestartTimer,
     /// The policy was changed: waits count anew from now.
@@ -197,6 +210,8 @@ pub enum Action {
     },
     /// Start it, as a new incarnation.
     Boot,
+    /// Have its standby become the instance.
+    TakeOver,
     /// Watch it as a kernel that comes up, or as one that was found running.
     Watch {
         /// Found running.

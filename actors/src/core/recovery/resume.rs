@@ -99,7 +99,14 @@ impl Recovery {
             (_, Found::Nothing) => m.resume_gone(saved.phase, &mut out),
 
             (Phase::DetectingFailure | Phase::PartialFence, _) | (Phase::Degraded, Found::Stopped) => {}
-            (Phase::PreparingRecovery | Phase::CapturingVmcore | Phase::ReclaimingResources, _) => {
+            // The record says that its standby is not the instance yet: it never will be by that record.
+            (
+                Phase::PreparingRecovery
+                | Phase::CapturingVmcore
+                | Phase::ReclaimingResources
+                | Phase::TakingOver,
+                _,
+            ) => {
                 let why = match m.goal {
                     Goal::Stop => "it is to be stopped: stopping its CPUs",
                     _ => "the supervisor was restarted: stopping its CPUs again",
@@ -149,6 +156,10 @@ impl Recovery {
 
     /// Nothing is there: finish what was meant.
     fn resume_gone(&mut self, phase: Phase, out: &mut Vec<Action>) {
+        // Nobody saw how much of what it had was given back.
+        if phase == Phase::ReclaimingResources && self.goal != Goal::Restart {
+            return self.take_back("the supervisor was restarted", out);
+        }
         let recovering = matches!(
             phase,
             Phase::Booting
@@ -156,6 +167,7 @@ impl Recovery {
                 | Phase::PreparingRecovery
                 | Phase::CapturingVmcore
                 | Phase::ReclaimingResources
+                | Phase::TakingOver
                 | Phase::Restarting
                 | Phase::Held
         );

@@ -4,7 +4,7 @@ use super::*;
 use crate::core::policy::{Capture, Policy};
 
 const MS: Duration = Duration::from_millis(1);
-const EVENTS: usize = 23;
+const EVENTS: usize = 27;
 
 fn event(n: usize) -> Event {
     let t = String::new;
@@ -31,6 +31,10 @@ fn event(n: usize) -> Event {
         19 => Event::GroupStop(t()),
         20 => Event::GroupStart,
         21 => Event::GroupGiveUp(t()),
+        22 => Event::Standby(true),
+        23 => Event::Standby(false),
+        24 => Event::TookOver(t()),
+        25 => Event::NotTakenOver(t()),
         _ => Event::Shutdown,
     }
 }
@@ -45,6 +49,7 @@ fn letter(phase: Phase) -> char {
         Phase::PreparingRecovery => 'p',
         Phase::CapturingVmcore => 'c',
         Phase::ReclaimingResources => 'r',
+        Phase::TakingOver => 't',
         Phase::Restarting => 'w',
         Phase::PartialFence => '!',
         Phase::Held => 'h',
@@ -77,6 +82,7 @@ fn at(phase: char) -> Recovery {
         'p' => with(policy, &[3]),
         'c' => with(policy, &[3, 7]),
         'r' => with(plain, &[3, 7]),
+        't' => with(plain, &[22, 3, 7]),
         'w' => with(plain, &[3, 7, 12, 5]),
         '!' => with(policy, &[3, 8]),
         'h' => with(plain, &[17, 3, 7, 12]),
@@ -91,20 +97,22 @@ fn at(phase: char) -> Recovery {
 fn every_cell_of_the_table() {
     for (from, row) in [
         // Spawn Recover Terminate | Declared | Booted BootError Serving | Fenced Partial Error | Dump NoDump |
-        // Back NotBack | Timer | Policy Maintenance Grouped Ungrouped GroupStop GroupStart GroupGiveUp | Shutdown
-        ('s', "bss s sss sss ss ss s sssssss s"),
-        ('b', "bbb b awb bbb bb bb b bbbbbbb b"),
-        ('a', "aap p aam aaa aa aa a aaaapaa a"),
-        ('m', "mpp p mmm mmm mm mm m mmmmpmm m"),
-        ('d', "dpp d ddd ddd dd dd d ddddpdd d"),
-        ('p', "ppp p ppp c!! pp pp p ppppppp p"),
-        ('c', "ccc c ccc ccc rf cc c ccccccc c"),
-        ('r', "rrr r rrr rrr rr bf r rrrrrrr r"),
-        ('w', "wbr w www www ww ww b wwwwhwr w"),
-        ('!', "!pp ! !!! !!! !! !! ! !!!!!!! !"),
-        ('h', "hbr h hhh hhh hh hh h hbhbhbr h"),
-        ('F', "fpp f fff fff ff ff f fffffff f"),
-        ('f', "bbr f fff fff ff ff f fffffff f"),
+        // Back NotBack | Timer | Policy Maintenance Grouped Ungrouped GroupStop GroupStart GroupGiveUp |
+        // Standby NoStandby TookOver NotTakenOver | Shutdown
+        ('s', "bss s sss sss ss ss s sssssss ssss s"),
+        ('b', "bbb b awb bbb bb bb b bbbbbbb bbbb b"),
+        ('a', "aap p aam aaa aa aa a aaaapaa aaaa a"),
+        ('m', "mpp p mmm mmm mm mm m mmmmpmm mmmm m"),
+        ('d', "dpp d ddd ddd dd dd d ddddpdd dddd d"),
+        ('p', "ppp p ppp c!! pp pp p ppppppp pppp p"),
+        ('c', "ccc c ccc ccc rf cc c ccccccc cccc c"),
+        ('r', "rrr r rrr rrr rr bf r rrrrrrr rrrr r"),
+        ('t', "ttt t ttt ttt tt tt t ttttttt ttar t"),
+        ('w', "wbr w www www ww ww b wwwwhwr wwww w"),
+        ('!', "!pp ! !!! !!! !! !! ! !!!!!!! !!!! !"),
+        ('h', "hbr h hhh hhh hh hh h hbhbhbr hhhh h"),
+        ('F', "fpp f fff fff ff ff f fffffff ffff f"),
+        ('f', "bbr f fff fff ff ff f fffffff ffff f"),
     ] {
         let row: Vec<char> = row.chars().filter(|c| *c != ' ').collect();
         assert_eq!(row.len(), EVENTS);
@@ -120,7 +128,7 @@ fn every_cell_of_the_table() {
                     event(n)
                 );
             }
-            if n < 3 && want == from.to_ascii_lowercase() && !"bpcr".contains(from) {
+            if n < 3 && want == from.to_ascii_lowercase() && !"bpcrt".contains(from) {
                 assert!(
                     actions.iter().any(|a| matches!(a, Action::Refuse(_))),
                     "{from} x {:?} is refused",
@@ -140,6 +148,7 @@ fn trace(actions: &[Action]) -> String {
         Action::Capture => "capture".into(),
         Action::Reclaim { release_cpus } => format!("reclaim({release_cpus})"),
         Action::Boot => "boot".into(),
+        Action::TakeOver => "take-over".into(),
         Action::Watch { adopted } => format!("watch({adopted})"),
         Action::Unwatch => "unwatch".into(),
         Action::ArmRestart(d) => format!("arm({})", d.as_secs_f64().ceil()),
@@ -165,6 +174,48 @@ fn a_whole_recovery() {
          incident DETECTING_FAILURE PREPARING_RECOVERY unwatch fence | RECLAIMING_RESOURCES reclaim(false) | \
          RESTARTING boot | RESTARTING watch(false) =Started | RECOVERY_COMPLETE(true) =Serving"
     );
+}
+
+#[test]
+fn a_standby_takes_over_after_the_fence() {
+    let run = |more: &[usize]| play(Policy::default(), &[&[0, 4, 6, 22, 3], more].concat());
+    assert!(run(&[7, 24, 6]).ends_with(
+        "PREPARING_RECOVERY unwatch fence | TAKING_OVER take-over | RESTARTING watch(true) =Started | \
+         RECOVERY_COMPLETE(true) =Serving"
+    ));
+    // Not ready any more, or not able to: as without one.
+    assert!(run(&[23, 7]).ends_with("RECLAIMING_RESOURCES reclaim(false)"));
+    assert!(run(&[7, 25, 12]).ends_with("RECLAIMING_RESOURCES reclaim(false) | RESTARTING boot"));
+    // Ready while the dead kernel is being taken back, or while it waits for its next start.
+    assert!(run(&[23, 7, 22, 12]).ends_with("TAKING_OVER take-over"));
+    assert!(run(&[23, 7, 12, 5, 22, 14, 25]).ends_with("TAKING_OVER take-over | RESTARTING boot"));
+    // Not for an operator's start, and not while a CPU may run.
+    assert!(play(Policy::default(), &[22, 0]).ends_with("RESTARTING boot"));
+    assert!(run(&[8, 8, 8]).ends_with("PARTIAL_FENCE alert =PartialFence"));
+    // A dump comes first, and holds everything when it has to be there.
+    let policy = Policy { capture: Capture::Required, ..Policy::default() };
+    assert!(
+        play(policy, &[0, 4, 6, 22, 3, 7, 10]).ends_with("CAPTURING_VMCORE capture | TAKING_OVER take-over")
+    );
+    assert!(play(policy, &[0, 4, 6, 22, 3, 7, 11]).ends_with("DEGRADED(false) alert =Degraded"));
+    // Its group starts it, stops it again, gives it up.
+    assert!(run(&[17, 7, 12, 20]).ends_with("RESTARTING held | TAKING_OVER take-over"));
+    assert!(run(&[17, 20, 7]).ends_with("TAKING_OVER take-over"));
+    assert!(run(&[17, 20, 7, 19, 24]).ends_with("RESTARTING PREPARING_RECOVERY unwatch fence"));
+    assert!(run(&[17, 20, 7, 21, 24]).ends_with("RESTARTING PREPARING_RECOVERY unwatch fence"));
+    assert!(run(&[17, 20, 7, 21, 25]).ends_with("RECLAIMING_RESOURCES reclaim(true)"));
+    // Failures are counted whoever takes over.
+    let mut m = machine(Policy { restart_intensity: 3, ..Policy::default() }, &RUNNING);
+    for _ in 0..3 {
+        for n in [22, 3, 7, 24, 6] {
+            m.step(MS, event(n));
+        }
+        assert_eq!(m.phase(), Phase::Monitoring);
+    }
+    for n in [22, 3, 7] {
+        m.step(MS, event(n));
+    }
+    assert_eq!((m.phase(), m.goal), (Phase::ReclaimingResources, Goal::GiveUp));
 }
 
 #[test]
@@ -214,7 +265,7 @@ fn a_kernel_that_dies_while_its_start_is_still_being_reported() {
 
 #[test]
 fn terminate_in_each_phase_ends_in_stopped() {
-    for from in "bamdpcrwh!Ff".chars() {
+    for from in "bamdpcrtwh!Ff".chars() {
         let mut m = at(from);
         m.step(MS, Event::OperatorTerminate);
         let mut released = false;
@@ -225,6 +276,7 @@ fn terminate_in_each_phase_ends_in_stopped() {
                 Phase::PreparingRecovery => 7,
                 Phase::CapturingVmcore => 11,
                 Phase::ReclaimingResources => 12,
+                Phase::TakingOver => 24,
                 other => panic!("{from} waits in {other:?}"),
             };
             let actions = m.step(MS, event(next));
@@ -318,6 +370,10 @@ fn resume_table() {
             'r',
             ["b RESTARTING boot", "p PREPARING_RECOVERY unwatch fence", "p PREPARING_RECOVERY unwatch fence"],
         ),
+        (
+            't',
+            ["b RESTARTING boot", "p PREPARING_RECOVERY unwatch fence", "p PREPARING_RECOVERY unwatch fence"],
+        ),
         ('w', ["b RESTARTING boot", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
         ('!', ["s STOPPED(false)", "!", "!"]),
         ('h', ["b RESTARTING boot", "m MONITORING watch(true)", "p PREPARING_RECOVERY unwatch fence"]),
@@ -345,6 +401,7 @@ fn a_kernel_younger_than_the_record_is_not_stopped_for_what_the_one_before_did()
         ('p', incident),
         ('c', incident),
         ('r', incident),
+        ('t', incident),
         ('w', incident),
         ('h', incident),
         ('!', incident),
@@ -366,6 +423,8 @@ fn an_operators_start_that_was_cut_off_is_undone() {
         (&[0, 4], Found::Running, "a RESTARTING watch(false)"),
         (&[0, 2], Found::Running, "p RESTARTING PREPARING_RECOVERY unwatch fence"),
         (&[0, 4, 6, 2], Found::Nothing, "s STOPPED"),
+        // How much was given back nobody knows.
+        (&[0, 4, 6, 2, 7], Found::Nothing, "r RECLAIMING_RESOURCES reclaim(true)"),
     ] {
         let saved = machine(Policy::default(), events).saved();
         let (m, actions) = Recovery::resume(Policy::default(), 1, saved, found, MS, Duties::default());
@@ -453,6 +512,7 @@ proptest! {
                 7..=9 => m.phase() == Phase::PreparingRecovery,
                 10 | 11 => m.phase() == Phase::CapturingVmcore,
                 12 | 13 => m.phase() == Phase::ReclaimingResources,
+                24 | 25 => m.phase() == Phase::TakingOver,
                 14 => m.phase() == Phase::Restarting,
                 _ => true,
             };
@@ -466,6 +526,8 @@ proptest! {
                     may_run = false;
                 }
                 7 => { fenced = true; may_run = false; }
+                // Another kernel, which runs; the one before is somebody else's.
+                24 => { fenced = false; may_run = true; }
                 _ => {}
             }
             let mut actions = m.step(now, event(n));
@@ -483,6 +545,10 @@ proptest! {
                         prop_assert!(journaled);
                         prop_assert!(!may_run, "started while the old kernel may run");
                         (may_run, fenced) = (true, false);
+                    }
+                    Action::TakeOver => {
+                        prop_assert!(journaled);
+                        prop_assert!(fenced && !may_run, "taken over from a kernel that may run");
                     }
                     Action::Reclaim { .. } => {
                         prop_assert!(journaled);

@@ -4,22 +4,24 @@ use std::time::Duration;
 
 use kmorph_control::error::{ErrorKind, OpError};
 use kmorph_control::views::EventKind;
-use kmorph_platform::{BootRequest, PlatformEvent, PlatformEventKind};
+use kmorph_platform::{BootRequest, Growth, PlatformEvent, PlatformEventKind};
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
 
 use super::super::effects::{Done, Effect, EffectsMsg, Order, Run, unix_ms};
 use super::super::groups::GroupsMsg;
-use super::super::heartbeat::HeartbeatMsg;
+use super::super::heartbeat::{HeartbeatMsg, Watch};
 use super::super::log::Draft;
+use super::super::morph::{MorphMsg, standby_name};
 use super::super::transport::TransportMsg;
-use super::super::view;
+use super::super::{topology, view};
 use super::{Answer, Asking, GroupOrder, InstanceActorState, InstanceMsg, Timer, Wish};
 use crate::core::health::{self, Cause, Missing, Notice, State as HealthState};
 use crate::core::policy::{Patch, Policy};
 use crate::core::recovery::{self, Duties, Event, Found, Outcome, Phase, Recovery};
 use crate::core::supervisor::Event as SupervisorEvent;
 use crate::shell::children::Step;
+use crate::store::Role;
 use crate::telemetry;
 
 /// Wait before the platform is asked again after it did not answer.
@@ -58,6 +60,7 @@ impl InstanceActorState {
                 self.answer(Answer::Maintenance(reply, self.view()));
             }
             InstanceMsg::Regroup => self.regroup(),
+            InstanceMsg::Standby(message) => self.standby_message(message),
             InstanceMsg::StandAside(limit) => self.stand_aside(limit),
             InstanceMsg::Unite => self.unite(),
             InstanceMsg::Recalled { epoch, found } if epoch == self.epoch => self.recalled(*found),
@@ -139,6 +142,9 @@ impl InstanceActorState {
     pub(super) fn use_policy(&mut self, policy: Policy) {
         if self.watching {
             self.args.instance.heartbeat.send(HeartbeatMsg::Policy(policy));
+        }
+        if self.args.instance.record().morph.is_some() {
+            self.args.instance.morph.send(MorphMsg::Policy);
         }
         self.health(health::Event::PolicyChanged(Box::new(policy)));
         if let Some(machine) = &mut self.machine {
@@ -338,6 +344,7 @@ impl InstanceActorState {
     pub(super) fn carry_out(&mut self, actions: Vec<recovery::Action>) {
         use recovery::Action as A;
         let (mut orders, mut effect, mut settled) = (Vec::new(), None, Vec::new());
+        let mut lost = false;
         for action in actions {
             match action {
                 A::OpenIncident => {
@@ -355,9 +362,11 @@ impl InstanceActorState {
                 A::Fence => effect = Some(Effect::Fence { incarnation: self.incarnation() }),
                 A::Capture => effect = Some(Effect::Capture),
                 A::Reclaim { release_cpus } => {
-                    effect = Some(Effect::Reclaim { incarnation: self.incarnation(), release_cpus });
+                    effect = Some(self.reclaim(release_cpus));
                 }
                 A::Boot => effect = Some(self.boot()),
+                A::TakeOver if self.claim_for_recovery() => effect = Some(Effect::TakeOver),
+                A::TakeOver => lost = true,
                 A::Watch { adopted } => self.watch(adopted),
                 A::Unwatch => self.unwatch(),
                 A::ArmRestart(after) => self.arm(Timer::Restart, after),
@@ -372,6 +381,9 @@ impl InstanceActorState {
         if !orders.is_empty() || effect.is_some() {
             self.run(orders, effect);
         }
+        if lost {
+            self.recovery(Event::NotTakenOver("it is not ready any more".into()));
+        }
         for outcome in settled {
             self.settled(&outcome);
             if outcome == Outcome::Stopped {
@@ -382,19 +394,54 @@ impl InstanceActorState {
 
     fn boot(&mut self) -> Effect {
         self.channel = None;
+        self.beside.seated = false;
         self.console.clear();
+        let beside = self.args.env.directory.get(&standby_name(&self.args.instance.name));
+        let beside = beside.map_or(0, |s| s.record().incarnation);
         let mut r = self.args.instance.record();
-        r.incarnation += 1;
+        // Starts are counted over both.
+        r.incarnation = r.incarnation.max(beside) + 1;
         r.region = None;
         r.release.clear();
-        Effect::Boot(BootRequest {
-            spec: r.spec.clone(),
-            incarnation: r.incarnation,
-            kernel: r.kernel.clone(),
-            initramfs: r.initramfs.clone(),
-            cmdline: r.cmdline.clone(),
-            pulse_period: r.policy.pulse_period,
-        })
+        // One side of a morph gets it when it is the instance; a new start has everything at once.
+        let growth = match r.role {
+            Role::Side(_) => r.growth.clone(),
+            Role::Own | Role::Standby(_) => Growth::default(),
+        };
+        let awaited = std::mem::replace(&mut r.growth, growth.clone());
+        Effect::Boot {
+            request: Box::new(BootRequest {
+                spec: r.spec.clone(),
+                incarnation: r.incarnation,
+                kernel: r.kernel.clone(),
+                initramfs: r.initramfs.clone(),
+                cmdline: r.cmdline.clone(),
+                pulse_period: r.policy.pulse_period,
+                growth,
+            }),
+            patient: r.role == Role::Own && !awaited.is_empty(),
+        }
+    }
+
+    /// What an instance that is stopped leaves to others: its CPUs go back to the primary, except those which the new
+    /// kernel of a morph that was committed is about to get.
+    fn reclaim(&self, release_cpus: bool) -> Effect {
+        let (role, incarnation, cpus, growth) = {
+            let r = self.args.instance.record();
+            (r.role.clone(), r.incarnation, r.spec.cpus.clone(), r.growth.cpus.clone())
+        };
+        let Role::Side(of) = role else {
+            // What it was about to get nobody has.
+            let also = if release_cpus { growth } else { vec![] };
+            return Effect::Reclaim { incarnation, release_cpus, own: cpus, also };
+        };
+        let heir = self.args.env.directory.get(&of);
+        let kept = heir.map(|i| i.record().growth.cpus.clone()).unwrap_or_default();
+        if kept.is_empty() || !release_cpus {
+            return Effect::Reclaim { incarnation, release_cpus, own: cpus, also: vec![] };
+        }
+        let also = cpus.into_iter().filter(|c| !kept.contains(c)).collect();
+        Effect::Reclaim { incarnation, release_cpus: false, own: vec![], also }
     }
 
     /// Have this written down and done.
@@ -411,17 +458,15 @@ impl InstanceActorState {
     }
 
     fn watch(&mut self, adopted: bool) {
-        let (incarnation, policy) = {
-            let r = self.args.instance.record();
-            (r.incarnation, r.policy)
-        };
+        let watch = Watch::of(&self.args.instance.record());
         self.watching = true;
-        self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+        self.args.instance.heartbeat.send(HeartbeatMsg::Watch(watch));
         self.health(if adopted { health::Event::Adopted } else { health::Event::Booted });
     }
 
     pub(super) fn unwatch(&mut self) {
         self.watching = false;
+        self.beside.seated = false;
         self.asking = None;
         self.channel = None;
         let (id, incarnation) = (self.args.instance.id(), self.incarnation());
@@ -489,6 +534,17 @@ impl InstanceActorState {
                 }));
             }
             Done::Reclaim(Err(error)) => self.recovery(Event::ReclaimError(error)),
+            Done::TakeOver(Ok(detail)) => {
+                (self.booted, self.beside.seated) = (None, true);
+                let (env, spec) = (self.args.env.clone(), self.args.instance.record().spec.clone());
+                let incarnation = self.incarnation();
+                tokio::spawn(async move { topology::follow(&env, spec, incarnation).await });
+                self.recovery(Event::TookOver(detail));
+            }
+            Done::TakeOver(Err(why)) => {
+                self.standby_is_back();
+                self.recovery(Event::NotTakenOver(why));
+            }
             Done::Capture(Ok(detail)) => self.recovery(Event::CaptureDone(detail)),
             Done::Capture(Err(error)) => self.recovery(Event::CaptureFailed(error)),
         }
@@ -548,6 +604,7 @@ impl InstanceActorState {
         let seed = self.args.env.config.seed ^ u64::from(self.args.instance.id().0);
         let (machine, actions) = Recovery::resume(policy, seed, saved, found, self.now(), duties);
         self.machine = Some(machine);
+        self.find_standby();
         self.carry_out(actions);
         self.stand(true);
         if self.machine.as_ref().is_some_and(|m| m.phase() == Phase::Stopped) {
@@ -609,6 +666,7 @@ impl InstanceActorState {
             Timer::Restart => self.recovery(Event::RestartTimer),
             Timer::Look => self.run(vec![], Some(Effect::Look)),
             Timer::Parted => self.recall(),
+            Timer::Standby => self.standby_timer(),
         }
     }
 
@@ -617,10 +675,8 @@ impl InstanceActorState {
     pub(super) fn child_is_back(&mut self, child: &str) {
         match child {
             "heartbeat" if self.watching => {
-                let r = self.args.instance.record();
-                let (incarnation, policy) = (r.incarnation, r.policy);
-                drop(r);
-                self.args.instance.heartbeat.send(HeartbeatMsg::Watch { incarnation, policy });
+                let watch = Watch::of(&self.args.instance.record());
+                self.args.instance.heartbeat.send(HeartbeatMsg::Watch(watch));
             }
             "recovery" => {
                 for run in &self.unacknowledged {
@@ -661,6 +717,8 @@ impl InstanceActorState {
         );
         view.group = self.args.env.group_of(&i.name);
         view.agent_restarts = self.agent_restarts;
+        view.standby = self.standby_view();
+        view.handover_bytes = i.record().handover.map_or(0, |h| h.bytes);
         view.publish = self.args.env.switch.view(&i.name, &i.record().publish);
         view
     }
@@ -692,6 +750,7 @@ impl InstanceActorState {
                 .effect(view::advice(&record, state));
             drop(record);
             self.announce(draft);
+            self.args.env.topology.changed();
         }
         self.tell_morph();
         self.switch_route();

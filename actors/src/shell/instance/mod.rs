@@ -4,6 +4,7 @@
 mod drive;
 mod operator;
 mod part;
+mod standby;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
@@ -14,7 +15,7 @@ use super::actor::{self, Actor, ActorCell, ActorRef, Ended, Failure};
 use futures::FutureExt;
 use kmorph_control::error::OpError;
 use kmorph_control::views::{HealthView, HeartbeatView, InstanceState, InstanceView};
-use kmorph_platform::{InstanceId, InstanceSpec, Platform, PlatformEvent};
+use kmorph_platform::{Growth, InstanceId, InstanceSpec, Platform, PlatformEvent};
 use kmp::message::Hello;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
@@ -28,9 +29,10 @@ use super::groups::{GroupIncidents, GroupsMsg};
 use super::heartbeat::{self, HeartbeatArgs, HeartbeatMsg, SharedReadings};
 use super::link::Link;
 use super::log::EventLog;
-use super::morph::{self, MorphArgs, MorphMsg};
+use super::morph::{self, MorphArgs, MorphMsg, Seat};
 use super::supervisor::SupervisorMsg;
 use super::switch::Switch;
+use super::topology::Broadcast;
 use super::transport::{Connections, TransportMsg};
 use crate::config::{Definitions, Settings, TreeConfig};
 use crate::core::health::{self, Health};
@@ -40,6 +42,8 @@ use crate::core::recovery::{Recovery, Standing};
 use crate::core::supervisor::{ChildSpec, Down, Event as SupervisorEvent, Flags, Strategy};
 use crate::store::{InstanceRecord, Store};
 use crate::telemetry::Lag;
+use standby::Beside;
+pub(crate) use standby::StandbyMsg;
 
 /// What all actors of the tree share.
 pub(crate) struct Env {
@@ -62,6 +66,8 @@ pub(crate) struct Env {
     pub(crate) admission: tokio::sync::Mutex<()>,
     /// What is published of instances.
     pub(crate) switch: Switch,
+    /// Which instances there are, as all of them are told.
+    pub(crate) topology: Broadcast,
 }
 
 impl Env {
@@ -106,6 +112,9 @@ pub(crate) struct Plan {
     pub(crate) initramfs: Option<std::path::PathBuf>,
     pub(crate) cmdline: String,
     pub(crate) publish: Vec<kmorph_control::Publish>,
+    pub(crate) handover: Option<crate::store::Handover>,
+    /// What it gets while it runs.
+    pub(crate) growth: Growth,
 }
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, OpError>>;
@@ -117,6 +126,7 @@ pub(crate) enum Timer {
     Restart,
     Look,
     Parted,
+    Standby,
 }
 
 /// Messages of an instance actor.
@@ -171,6 +181,8 @@ pub(crate) enum InstanceMsg {
     },
     /// For the actor of its morph, which is started when there is none.
     Morph(MorphMsg),
+    /// About a standby.
+    Standby(StandbyMsg),
     /// Write down what is remembered; answered when that is done.
     Persist(oneshot::Sender<()>),
     /// Stop watching, decide nothing, and wait to be told who it is. Refused when it is not merely watched.
@@ -257,6 +269,7 @@ pub(crate) struct Instance {
     incident: SharedIncident,
     gate: Arc<tokio::sync::Mutex<()>>,
     progress: Progress,
+    seat: Seat,
     epoch: AtomicU64,
 }
 
@@ -280,6 +293,7 @@ impl Instance {
             incident,
             gate: Arc::default(),
             progress: Progress::default(),
+            seat: Seat::default(),
             epoch: AtomicU64::new(0),
         }
     }
@@ -381,6 +395,8 @@ pub(crate) struct InstanceActorState {
     parted: bool,
     /// Its kernel runs, or is being started.
     lives: bool,
+    /// Its standby.
+    beside: Beside,
 }
 
 impl Drop for InstanceActorState {
@@ -433,6 +449,7 @@ impl Actor for InstanceActor {
                 incident: instance.incident.clone(),
                 gate: instance.gate.clone(),
                 progress: instance.progress.clone(),
+                seat: instance.seat.clone(),
             }),
         ];
         let mut children = Children::new(myself.cell(), &instance.name, FLAGS, children)?;
@@ -468,6 +485,7 @@ impl Actor for InstanceActor {
             agent_restarts: 0,
             parted: false,
             lives: false,
+            beside: Beside::default(),
             args,
         };
         if state.args.instance.record().maintenance {
@@ -503,6 +521,7 @@ impl Actor for InstanceActor {
             Box::pin(state.make_room()).await;
         }
         state.message(message);
+        state.look_at_standby();
         state.show();
         state.stand(false);
         Ok(())

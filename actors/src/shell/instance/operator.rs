@@ -29,7 +29,8 @@ impl InstanceActorState {
     pub(super) fn spawn(&mut self, plan: Plan, wait: bool, reply: Reply<InstanceView>) {
         if self.is_free() {
             let i = &self.args.instance;
-            if let Err(error) = self.args.env.switch.publish(&i.name, &plan.publish) {
+            let group = self.args.env.group_of(&i.name);
+            if let Err(error) = self.args.env.switch.publish(&i.name, group, &plan.publish) {
                 // Who asked may have given up waiting.
                 drop(reply.send(Err(error)));
                 return;
@@ -37,7 +38,7 @@ impl InstanceActorState {
             let mut r = self.args.instance.record();
             (r.spec, r.policy, r.overrides) = (plan.spec, plan.policy, plan.overrides);
             (r.kernel, r.initramfs, r.cmdline) = (plan.kernel, plan.initramfs, plan.cmdline);
-            r.publish = plan.publish;
+            (r.publish, r.handover, r.growth) = (plan.publish, plan.handover, plan.growth);
             drop(r);
             self.use_policy(plan.policy);
         }

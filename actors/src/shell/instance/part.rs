@@ -9,7 +9,7 @@ use tracing::{error, warn};
 use super::{Answer, InstanceActorState, InstanceMsg, MorphArgs, MorphMsg, Timer, morph};
 use crate::core::morph as core;
 use crate::core::recovery::Phase;
-use crate::core::route::{self, Target};
+use crate::core::route::{self, Route, Target};
 use crate::core::supervisor::Event as SupervisorEvent;
 use crate::store::{InstanceRecord, Role};
 
@@ -51,12 +51,16 @@ impl InstanceActorState {
             return;
         }
         let state = self.view().state;
-        let (role, why, under_way) = {
+        let (role, why, phase) = {
             let r = self.args.instance.record();
-            (r.role.clone(), format!("{state}: {}", r.reason), r.morph.is_some())
+            (r.role.clone(), format!("{state}: {}", r.reason), r.morph.as_ref().map(|m| m.saved.phase))
         };
         match role {
-            Role::Own if under_way => {
+            // From the commit record on it is the new one.
+            Role::Own if phase == Some(core::Phase::Growing) => {
+                self.args.instance.morph.send(MorphMsg::Happened(core::Event::NewGone(why)));
+            }
+            Role::Own if phase.is_some() => {
                 self.args.instance.morph.send(MorphMsg::Happened(core::Event::OldGone(why)));
             }
             Role::Side(of) => {
@@ -64,7 +68,8 @@ impl InstanceActorState {
                     instance.morph.send(MorphMsg::Happened(core::Event::NewGone(why)));
                 }
             }
-            Role::Own => {}
+            // The owner is told where its standby stands anyway.
+            Role::Own | Role::Standby(_) => {}
         }
     }
 
@@ -77,11 +82,17 @@ impl InstanceActorState {
             (r.publish.clone(), r.incarnation)
         };
         let switch = &self.args.env.switch;
+        let group = || self.args.env.group_of(&i.name);
         match machine.phase() {
             Phase::Stopped => switch.close(&i.name),
+            // Its workload was told to serve.
+            Phase::AwaitingService if self.beside.seated => {
+                let target = Target { id: i.id(), incarnation };
+                switch.route(&i.name, group, &publish, Route::Open(target));
+            }
             phase => {
                 let route = route::route(phase, Target { id: i.id(), incarnation });
-                switch.route(&i.name, &publish, route);
+                switch.route(&i.name, group, &publish, route);
             }
         }
     }
@@ -99,7 +110,8 @@ impl InstanceActorState {
         let owner = self.args.env.directory.get(&of);
         // Until it is decided the morph itself removes what it started.
         let undecided = owner.is_some_and(|o| {
-            o.record().morph.as_ref().is_some_and(|m| m.saved.phase != core::Phase::Committing)
+            let decided = [core::Phase::Committing, core::Phase::Growing];
+            o.record().morph.as_ref().is_some_and(|m| !decided.contains(&m.saved.phase))
         });
         if !undecided {
             tokio::spawn(morph::forget(self.args.env.clone(), self.args.instance.name.clone()));

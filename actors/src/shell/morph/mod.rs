@@ -1,16 +1,27 @@
 //! The actor of an instance's morph. It lives as long as the morph does: carries what happens to the machine
 //! ([`core::morph`](crate::core::morph)) and its decisions out ([`work`]).
 
+mod grow;
+mod hand;
+mod lines;
+mod live;
+mod record;
 mod resources;
 mod side;
+mod standby;
+mod state;
+mod takeover;
+mod window;
 mod work;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
 use kmorph_control::error::{ErrorKind, OpError};
-use kmorph_control::views::{EventKind, MorphSide, MorphStep, MorphView, RecoveryStep};
-use kmorph_platform::InstanceSpec;
+use kmorph_control::views::{
+    BlackoutView, EventKind, MorphSide, MorphStep, MorphView, RecoveryStep, TransferView,
+};
+use kmorph_platform::{Growth, InstanceSpec};
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -21,11 +32,18 @@ use super::children::{ChildDef, Started};
 use super::effects::unix_ms;
 use super::instance::{Env, Instance, InstanceMsg};
 use super::log::Draft;
-use crate::core::morph::{Action, Event, Goal, Limits, Morph, Outcome, Phase};
+use super::topology;
+use crate::core::morph::{Action, Event, Goal, Limits, Morph, Outcome, Phase, Saved};
 use crate::core::supervisor::{ChildSpec, Restart, Shutdown};
 use crate::store::MorphRecord;
+use hand::Hand;
+use live::Live;
 
-pub(crate) use side::{forget, plan, recall};
+pub(crate) use grow::lacks;
+pub(crate) use side::{forget, recall, remove};
+pub(crate) use standby::{make_way, plan_with_way, standby_name, start_standby, would_use};
+pub(crate) use takeover::{Seat, take_over};
+pub(crate) use window::sweep;
 
 /// A new kernel, as an operator wants it.
 #[derive(Clone, Debug)]
@@ -35,8 +53,10 @@ pub(crate) struct Wanted {
     pub(crate) initramfs: Option<std::path::PathBuf>,
     /// `None`: as the old kernel had it.
     pub(crate) cmdline: Option<String>,
-    /// Physical CPU ids; empty: any that nobody has.
+    /// Physical CPU ids it starts with; empty: any that nobody has.
     pub(crate) cpus: Vec<u32>,
+    /// Memory it starts with; `None`: as much as the instance has, if there is room.
+    pub(crate) memory_bytes: Option<u64>,
 }
 
 /// Whom an operator's wish is answered to.
@@ -56,13 +76,14 @@ pub(crate) enum MorphMsg {
         reply: MorphReply,
     },
     View(MorphReply),
+    /// The policy was changed.
+    Policy,
     /// Something happened to one of the kernels.
     Happened(Event),
-    /// Work that was given out so has ended so.
+    /// Work that was given out has ended.
     Done {
         work: u64,
-        event: Event,
-        detail: String,
+        done: Done,
     },
 }
 
@@ -76,7 +97,7 @@ pub(crate) struct MorphArgs {
 pub(crate) struct MorphState {
     args: MorphArgs,
     me: ActorRef<MorphMsg>,
-    machine: Morph,
+    machine: Machine,
     /// What is to be started.
     wanted: Option<Wanted>,
     /// Number of the work under way, and how it is stopped.
@@ -88,10 +109,108 @@ pub(crate) struct MorphState {
     began: Instant,
     steps: Vec<MorphStep>,
     outcome: Option<Outcome>,
+    /// Taken by whatever work is under way.
+    hand: Arc<tokio::sync::Mutex<Hand>>,
+    live: Live,
+    /// What the latest work left there.
+    transfer: Option<TransferView>,
+    blackout: Option<BlackoutView>,
+    /// Steps that were taken while the workload stood still: written when it goes on.
+    late: Vec<Step>,
+}
+
+/// The machine, which decides here and, while a workload stands still, where the work is done.
+#[derive(Clone)]
+struct Machine(Arc<Mutex<Morph>>);
+
+impl Machine {
+    fn lock(&self) -> MutexGuard<'_, Morph> {
+        // A decision is whole or did not happen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn phase(&self) -> Phase {
+        self.lock().phase()
+    }
+
+    fn step(&self, event: Event) -> Vec<Action> {
+        self.lock().step(event)
+    }
+
+    fn saved(&self) -> Saved {
+        self.lock().saved()
+    }
+}
+
+/// A step to be written down.
+#[derive(Debug)]
+struct Step {
+    phase: &'static str,
+    detail: String,
+    committed: Option<bool>,
+    at: Instant,
+}
+
+/// What came of work.
+#[derive(Debug)]
+pub(crate) struct Done {
+    event: Event,
+    /// What was decided on the way.
+    late: Vec<Step>,
+    details: Vec<(Phase, String, Instant)>,
+}
+
+/// Do work. Between the order to stand still and the moment the workload serves again nobody is asked and nothing is
+/// written that can be later: it is decided here what comes next, and done at once.
+async fn work_on(
+    args: &MorphArgs,
+    machine: &Machine,
+    hand: &mut Hand,
+    what: Action,
+    wanted: Option<Wanted>,
+) -> Option<Done> {
+    let (mut late, mut details) = (vec![], vec![]);
+    let mut next = Some((what, wanted));
+    while let Some((what, wanted)) = next.take() {
+        let (event, detail) = work::run(args, hand, what, wanted).await;
+        if !detail.is_empty() {
+            details.push((machine.phase(), detail, Instant::now()));
+        }
+        let goes_on =
+            matches!(event, Event::Frozen | Event::Recorded | Event::RecordUnknown | Event::NotActivated(_));
+        if !goes_on {
+            return Some(Done { event, late, details });
+        }
+        for action in machine.step(event) {
+            match action {
+                Action::Journal { phase, detail, committed } => {
+                    late.push(Step { phase, detail, committed, at: Instant::now() });
+                }
+                Action::Record | Action::LookUpRecord | Action::Activate | Action::GiveBack => {
+                    next = Some((action, None));
+                }
+                // Nothing rings in these phases.
+                _ => {}
+            }
+        }
+    }
+    // It was decided otherwise meanwhile.
+    None
+}
+
+/// Whether clients wait for this phase to end.
+fn stands_still(phase: Phase) -> bool {
+    matches!(phase, Phase::Recording | Phase::Committing | Phase::Returning)
 }
 
 fn limits(args: &MorphArgs) -> Limits {
-    Limits { phase: args.instance.record().policy.morph_timeout, ..Limits::default() }
+    let policy = args.instance.record().policy;
+    Limits {
+        phase: policy.morph_timeout,
+        downtime: policy.morph_downtime,
+        rounds: policy.morph_rounds,
+        dirty: policy.morph_dirty,
+    }
 }
 
 impl MorphState {
@@ -107,7 +226,20 @@ impl MorphState {
     async fn carry_out(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Journal { phase, detail, committed } => self.journal(phase, &detail, committed).await,
+                // The workload stands still and waits for nothing that can be written later. The decision itself is
+                // written with the commit record.
+                Action::Journal { phase, detail, committed } if stands_still(self.machine.phase()) => {
+                    self.late.push(Step { phase, detail, committed, at: Instant::now() });
+                }
+                Action::Journal { phase, detail, committed } => {
+                    let now = Step { phase, detail, committed, at: Instant::now() };
+                    for step in std::mem::take(&mut self.late).into_iter().chain([now]) {
+                        self.journal(step).await;
+                    }
+                    if committed.is_none() {
+                        self.remember().await;
+                    }
+                }
                 Action::Arm(after) => self.deadline = Some(Instant::now() + after),
                 Action::Disarm => self.deadline = None,
                 Action::Settled(outcome) => self.settled(outcome).await,
@@ -122,13 +254,15 @@ impl MorphState {
         }
     }
 
-    /// Have the machine's state and the step written down before anything is done.
-    async fn journal(&mut self, phase: &'static str, detail: &str, committed: Option<bool>) {
+    /// Have a step written down.
+    async fn journal(&mut self, Step { phase, detail, committed, at }: Step) {
+        let detail = detail.as_str();
         let i = &self.args.instance;
         info!(instance = %i.name, phase, "{detail}");
         // Its memory begins when its work has numbered it.
         let number = i.record().morph.as_ref().map(|m| m.number);
-        let at_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let since = at.saturating_duration_since(self.began);
+        let at_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         self.steps.push(MorphStep { state: phase.into(), at_ms, detail: detail.into() });
         let mut draft = Draft::new(EventKind::Morph, detail).transition(None, phase);
         draft.incident = number;
@@ -139,7 +273,7 @@ impl MorphState {
             instance: i.name.clone(),
             incarnation: i.record().incarnation,
             at_unix_ms: unix_ms(),
-            offset_us: u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            offset_us: u64::try_from(since.as_micros()).unwrap_or(u64::MAX),
             phase: phase.to_owned(),
             detail: detail.to_owned(),
             recovered: committed,
@@ -151,13 +285,16 @@ impl MorphState {
             Ok(Err(error)) => error!(instance = %i.name, %error, "store: a step of the morph is missing"),
             Err(_) => error!(instance = %i.name, "store: took too long for a step of the morph"),
         }
-        // After the step: a daemon killed in between takes it again. After the last one the morph is forgotten instead.
-        if committed.is_none() {
-            if let Some(m) = &mut i.record().morph {
-                m.saved = self.machine.saved();
-            }
-            work::persist(i).await;
+    }
+
+    /// Have the machine's state written down before anything is done. A daemon killed after the step and before this
+    /// takes it again.
+    async fn remember(&self) {
+        let i = &self.args.instance;
+        if let Some(m) = &mut i.record().morph {
+            m.saved = self.machine.saved();
         }
+        work::persist(i).await;
     }
 
     fn say(&self, draft: Draft) {
@@ -173,17 +310,32 @@ impl MorphState {
         }
         self.work += 1;
         let (me, number) = (self.me.clone(), self.work);
-        let (args, wanted) = (self.args.clone(), self.wanted.clone());
+        let (args, wanted, hand) = (self.args.clone(), self.wanted.clone(), self.hand.clone());
+        let machine = self.machine.clone();
         let task = tokio::spawn(async move {
-            let (event, detail) = work::run(&args, what, wanted).await;
-            // An actor that has ended needs no answer.
-            let _ = me.send_message(MorphMsg::Done { work: number, event, detail });
+            // What was under way lets go of it when it has ended.
+            let mut hand = hand.lock().await;
+            let done = work_on(&args, &machine, &mut hand, what, wanted).await;
+            drop(hand);
+            if let Some(done) = done {
+                // An actor that has ended needs no answer.
+                let _ = me.send_message(MorphMsg::Done { work: number, done });
+            }
         });
         self.running = Some(task.abort_handle());
     }
 
     async fn settled(&mut self, outcome: Outcome) {
         self.outcome = Some(outcome.clone());
+        if outcome == Outcome::Committed {
+            // Before anybody is told: who starts the instance anew starts what it is now.
+            let (spec, incarnation) = {
+                let r = self.args.instance.record();
+                (r.spec.clone(), r.incarnation)
+            };
+            topology::follow(&self.args.env, spec, incarnation).await;
+            self.args.env.topology.changed();
+        }
         let view = self.view();
         match &outcome {
             Outcome::Reached(goal) => {
@@ -266,6 +418,7 @@ impl MorphState {
         let record = self.record();
         let side = record.as_ref().and_then(|m| self.args.env.directory.get(&m.side));
         let i = self.args.instance.record();
+        let transfer = self.live.show(self.transfer.clone());
         MorphView {
             name: i.spec.name.clone(),
             number: record.as_ref().map_or(0, |m| m.number),
@@ -281,8 +434,7 @@ impl MorphState {
             release: i.release.clone(),
             side: side.map(|s| {
                 let s = s.record();
-                let (name, release) = (s.spec.name.clone(), s.release.clone());
-                MorphSide { name, release, cpus: s.spec.cpus.clone(), memory_bytes: s.spec.memory_bytes }
+                morph_side(&s.spec, &s.growth, s.release.clone())
             }),
             committed: match &self.outcome {
                 Some(Outcome::Committed) => Some(true),
@@ -290,6 +442,15 @@ impl MorphState {
                 Some(Outcome::Reached(_)) | None => None,
             },
             steps: self.steps.clone(),
+            transfer,
+            blackout: self.blackout.clone(),
+        }
+    }
+
+    /// See what work has left.
+    fn look_at_hand(&mut self) {
+        if let Ok(hand) = self.hand.try_lock() {
+            (self.transfer, self.blackout) = (hand.transfer.clone(), hand.blackout());
         }
     }
 }
@@ -314,10 +475,11 @@ impl Actor for MorphActor {
         args.instance.morph.set(me.clone());
         let saved = args.instance.record().morph.as_ref().map(|m| m.saved.clone()).unwrap_or_default();
         let (machine, actions) = Morph::resume(limits(&args), saved);
+        let live = Live::default();
         let mut state = MorphState {
             args,
             me,
-            machine,
+            machine: Machine(Arc::new(Mutex::new(machine))),
             wanted: None,
             work: 0,
             running: None,
@@ -327,6 +489,11 @@ impl Actor for MorphActor {
             began: Instant::now(),
             steps: vec![],
             outcome: None,
+            hand: Arc::new(tokio::sync::Mutex::new(Hand::new(live.clone()))),
+            live,
+            transfer: None,
+            blackout: None,
+            late: vec![],
         };
         // Started by the actor it would have to ask: what it has to do begins with its first turn.
         state.resume(actions);
@@ -361,15 +528,22 @@ impl Actor for MorphActor {
                     state.me.stop();
                 }
             }
+            MorphMsg::Policy => {
+                let limits = limits(&state.args);
+                state.step(Event::Limits(limits)).await;
+            }
             MorphMsg::Happened(event) => state.step(event).await,
-            MorphMsg::Done { work, event, detail } if work == state.work => {
-                if !detail.is_empty() {
-                    let at_ms = u64::try_from(state.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    let name = state.machine.phase().name().into();
-                    state.steps.push(MorphStep { state: name, at_ms, detail });
+            MorphMsg::Done { work, done } if work == state.work => {
+                state.deadline = state.deadline.filter(|_| !stands_still(state.machine.phase()));
+                for (phase, detail, at) in done.details {
+                    let since = at.saturating_duration_since(state.began);
+                    let at_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+                    state.steps.push(MorphStep { state: phase.name().into(), at_ms, detail });
                 }
+                state.late.extend(done.late);
                 state.running = None;
-                state.step(event).await;
+                state.look_at_hand();
+                state.step(done.event).await;
             }
             MorphMsg::Done { .. } => {}
         }
@@ -382,7 +556,7 @@ impl MorphState {
     fn resume(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Undo | Action::Activate => self.begin(action),
+                Action::Undo | Action::Activate | Action::Grow => self.begin(action),
                 Action::Journal { detail, .. } => {
                     let instance = self.args.instance.clone();
                     if let Some(m) = &mut instance.record().morph {
@@ -418,7 +592,11 @@ pub(crate) fn send(instance: &Instance, message: MorphMsg) -> bool {
 }
 
 /// What a morph would begin with.
-pub(crate) fn dry_run(instance: &Instance, side: &InstanceSpec) -> Result<MorphView, OpError> {
+pub(crate) fn dry_run(
+    instance: &Instance,
+    side: &InstanceSpec,
+    growth: &Growth,
+) -> Result<MorphView, OpError> {
     work::may_begin(instance)?;
     let r = instance.record();
     Ok(MorphView {
@@ -426,12 +604,18 @@ pub(crate) fn dry_run(instance: &Instance, side: &InstanceSpec) -> Result<MorphV
         state: Phase::Idle.name().into(),
         from: r.release.clone(),
         release: r.release.clone(),
-        side: Some(MorphSide {
-            name: side.name.clone(),
-            release: String::new(),
-            cpus: side.cpus.clone(),
-            memory_bytes: side.memory_bytes,
-        }),
+        side: Some(morph_side(side, growth, String::new())),
         ..MorphView::default()
     })
+}
+
+fn morph_side(spec: &InstanceSpec, growth: &Growth, release: String) -> MorphSide {
+    MorphSide {
+        name: spec.name.clone(),
+        release,
+        cpus: spec.cpus.clone(),
+        memory_bytes: spec.memory_bytes,
+        later_cpus: growth.cpus.clone(),
+        later_memory_bytes: growth.memory_bytes,
+    }
 }

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use kmorph_control::error::OpError;
 use kmorph_control::views::InstanceView;
-use kmorph_platform::InstanceSpec;
+use kmorph_platform::{Growth, InstanceSpec, Inventory};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
-use super::resources::{self, Taken};
+use super::resources::{self, Taken, Wish};
 use super::{MorphArgs, Wanted};
 use crate::core::policy::{Key, Patch};
 use crate::shell::instance::{Env, Instance, InstanceMsg, Plan};
@@ -28,11 +28,25 @@ pub(super) fn name(of: &str) -> String {
 }
 
 /// What the new kernel would get.
-pub(crate) async fn plan(env: &Env, instance: &Instance, wanted: &Wanted) -> Result<InstanceSpec, String> {
+pub(crate) async fn plan(
+    env: &Env,
+    instance: &Instance,
+    wanted: &Wanted,
+) -> Result<(InstanceSpec, Growth), String> {
     let of = instance.record().spec.clone();
-    let side = name(&of.name);
+    let wish = Wish { cpus: &wanted.cpus, memory_bytes: wanted.memory_bytes };
+    place(env, &of, name(&of.name), &wish).await.map(|(spec, growth, _)| (spec, growth))
+}
+
+/// What another kernel of this instance would get under this name, and what the machine has.
+pub(super) async fn place(
+    env: &Env,
+    of: &InstanceSpec,
+    side: String,
+    wish: &Wish<'_>,
+) -> Result<(InstanceSpec, Growth, Inventory), String> {
     if env.directory.get(&side).is_some() {
-        return Err(format!("{side}, the other kernel of a morph, is there: kmorphctl status {side}"));
+        return Err(format!("{side}, another kernel of it, is there: kmorphctl status {side}"));
     }
     let inventory = env.platform.inventory().await.map_err(|e| e.to_string())?;
     let definitions = env.definitions.clone();
@@ -45,13 +59,14 @@ pub(crate) async fn plan(env: &Env, instance: &Instance, wanted: &Wanted) -> Res
             taken.cpus.extend(spec.cpus);
         }
     }
-    resources::side(side, &of, &wanted.cpus, &inventory, &taken)
+    let (spec, growth) = resources::side(side, of, wish, &inventory, &taken)?;
+    Ok((spec, growth, inventory))
 }
 
 /// Start the new kernel and wait until it serves.
 pub(super) async fn start(args: &MorphArgs, wanted: &Wanted) -> Result<InstanceView, String> {
     let env = &args.env;
-    let spec = plan(env, &args.instance, wanted).await?;
+    let (spec, growth) = plan(env, &args.instance, wanted).await?;
     let of = args.instance.record().clone();
     let (overrides, policy) = policy(env, &of);
     let mut record = InstanceRecord::new(spec.clone(), policy);
@@ -70,6 +85,9 @@ pub(super) async fn start(args: &MorphArgs, wanted: &Wanted) -> Result<InstanceV
         cmdline: wanted.cmdline.clone().unwrap_or(of.cmdline),
         // It gets no clients before it is the instance.
         publish: vec![],
+        // It can be read there until the morph is committed.
+        handover: of.handover,
+        growth,
     };
     let (reply, answer) = oneshot::channel();
     instance.link.send(InstanceMsg::Spawn { plan: Box::new(plan), wait: true, reply });
@@ -86,7 +104,7 @@ pub(super) fn policy(env: &Env, of: &InstanceRecord) -> (Patch, crate::core::pol
 }
 
 /// Stop the other side and forget it.
-pub(super) async fn remove(env: &Arc<Env>, side: &str) -> Result<(), String> {
+pub(crate) async fn remove(env: &Arc<Env>, side: &str) -> Result<(), String> {
     let Some(instance) = env.directory.get(side) else { return Ok(()) };
     let limit = Instant::now() + env.config.effect_limit * 4;
     loop {
@@ -111,7 +129,9 @@ fn owns(instance: &Instance) -> bool {
     instance.record().saved.held
 }
 
-async fn ended(answer: oneshot::Receiver<Result<InstanceView, OpError>>) -> Result<InstanceView, String> {
+pub(super) async fn ended(
+    answer: oneshot::Receiver<Result<InstanceView, OpError>>,
+) -> Result<InstanceView, String> {
     match answer.await {
         Ok(result) => result.map_err(|e| e.message),
         Err(_) => Err("its actor was started anew".into()),
@@ -142,6 +162,8 @@ pub(crate) async fn forget(env: Arc<Env>, name: String) {
         Ok(Err(error)) => warn!(instance = %name, %error, "it is still remembered"),
         Err(_) => warn!(instance = %name, "it is still remembered: the store takes too long"),
     }
+    // Another one of this name may be written down from now on.
+    super::standby::tell_removed(&env, &name);
 }
 
 /// What the journal has of an instance.

@@ -4,40 +4,57 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kmorph_control::error::{ErrorKind, OpError};
-use kmorph_control::views::{InstanceState, RecoveryStep};
+use kmorph_control::views::InstanceState;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{error, warn};
+use tracing::warn;
 
-use super::{MorphArgs, Wanted, side};
-use crate::core::morph::{Action, Event, Phase, Round};
+use super::hand::Hand;
+use super::{MorphArgs, Wanted, grow, record, side, standby, state, window};
+use crate::core::morph::{Action, Event, Phase};
 use crate::core::recovery;
 use crate::core::route::Target;
 use crate::shell::effects::unix_ms;
 use crate::shell::heartbeat::HeartbeatMsg;
 use crate::shell::instance::{Env, Instance, InstanceMsg};
 use crate::shell::switch::Drained;
-use crate::store::{InstanceRecord, MorphRecord, Role};
+use crate::store::{MorphRecord, Role};
 
 /// Between two looks at a state nobody tells of.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Longest time for an actor's answer that needs no work.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Longest time for connections to a workload that is retired.
+const RETIRED_LIMIT: Duration = Duration::from_secs(1);
 /// Longest time until a kernel that took over is seen to serve.
 const SERVES_LIMIT: Duration = Duration::from_secs(30);
 
 /// Do it; what came of it, and what an operator may want to know of that.
-pub(super) async fn run(args: &MorphArgs, what: Action, wanted: Option<Wanted>) -> (Event, String) {
+pub(super) async fn run(
+    args: &MorphArgs,
+    hand: &mut Hand,
+    what: Action,
+    wanted: Option<Wanted>,
+) -> (Event, String) {
     let done = match what {
         Action::Start => start(args, wanted).await,
-        Action::Negotiate => negotiate(args),
-        Action::Transfer { .. } => Ok((Event::Round(Round::default()), String::new())),
-        Action::Validate => validate(args).await,
-        Action::Freeze => freeze(args).await,
-        Action::Record => return record(args).await,
-        Action::LookUpRecord => return look_up(args).await,
-        Action::Activate => activate(args).await,
-        Action::Undo => undo(args).await,
+        Action::Negotiate => state::negotiate(args, hand).await,
+        Action::Transfer { round, throttle } => state::transfer(hand, round, throttle).await,
+        Action::Validate { lift } => match if lift { state::lift(hand).await } else { Ok(()) } {
+            Ok(()) => validate(args, hand).await,
+            Err(why) => Err(why),
+        },
+        Action::Freeze => {
+            // Until it serves again, or the new kernel does.
+            args.env.switch.away(&args.instance.name, true);
+            state::freeze(args, hand).await
+        }
+        Action::Record => return record::record(args, hand).await,
+        Action::LookUpRecord => return record::look_up(args, hand).await,
+        Action::Activate => activate(args, hand).await,
+        Action::GiveBack => record::give_back(args, hand).await,
+        Action::Grow => grow::grow(args).await,
+        Action::Undo => undo(args, hand).await,
         // Not work.
         _ => Ok((Event::Failed("nothing to do".into()), String::new())),
     };
@@ -59,8 +76,10 @@ pub(super) fn may_begin(i: &Instance) -> Result<(), OpError> {
     let r = i.record();
     let refused =
         |text: String| Err(OpError::new(ErrorKind::Conflict, format!("instance {}: {text}", i.name)));
-    if let Role::Side(of) = &r.role {
-        return refused(format!("it is one side of a morph of {of}"));
+    match &r.role {
+        Role::Side(of) => return refused(format!("it is one side of a morph of {of}")),
+        Role::Standby(of) => return refused(format!("it is the standby of {of}")),
+        Role::Own => {}
     }
     if r.saved.phase != recovery::Phase::Monitoring {
         return refused("only an instance that runs can be morphed".into());
@@ -71,24 +90,33 @@ pub(super) fn may_begin(i: &Instance) -> Result<(), OpError> {
     Ok(())
 }
 
-type Worked = Result<(Event, String), String>;
+pub(super) type Worked = Result<(Event, String), String>;
 
 async fn start(args: &MorphArgs, wanted: Option<Wanted>) -> Worked {
     let Some(wanted) = wanted else { return Err("nobody said which kernel".into()) };
     let env = &args.env;
     let number = timeout(env.config.store_limit, env.store.next_incident()).await;
     let number = number.ok().and_then(Result::ok).unwrap_or_else(unix_ms);
+    let standby = standby::claim(args, &wanted).await;
     {
         let mut r = args.instance.record();
         let saved = crate::core::morph::Saved { phase: Phase::Preparing, ..Default::default() };
-        let (side, from) = (side::name(&r.spec.name), r.release.clone());
-        r.morph = Some(MorphRecord { number, side, from, saved });
+        let side = standby.as_ref().map_or_else(|| side::name(&r.spec.name), |s| s.name.clone());
+        let from = r.release.clone();
+        r.morph = Some(MorphRecord { number, side, from, saved, frozen: false });
     }
     // Whoever finds the new kernel knows whose it is.
     persist(&args.instance).await;
-    let view = side::start(args, &wanted).await?;
+    let (view, how) = match standby {
+        Some(standby) => {
+            let how = standby::use_claimed(args, &standby).await?;
+            let view = ask(&standby, InstanceMsg::View).await.ok_or("its actor does not answer")?;
+            (view, format!("; {how}"))
+        }
+        None => (side::start(args, &wanted).await?, String::new()),
+    };
     let detail = format!(
-        "kernel {} serves beside the old one as {}: CPUs {:?}, {} MiB",
+        "kernel {} serves beside the old one as {}: CPUs {:?}, {} MiB{how}",
         view.release,
         view.name,
         view.cpus,
@@ -97,26 +125,27 @@ async fn start(args: &MorphArgs, wanted: Option<Wanted>) -> Worked {
     Ok((Event::Ready, detail))
 }
 
-fn sides(args: &MorphArgs) -> Result<Arc<Instance>, String> {
+pub(super) fn sides(args: &MorphArgs) -> Result<Arc<Instance>, String> {
     let record = args.instance.record().morph.clone();
     let side = record.and_then(|m| args.env.directory.get(&m.side));
     side.ok_or_else(|| "the new kernel is gone".into())
 }
 
-fn negotiate(args: &MorphArgs) -> Worked {
-    sides(args)?;
-    Ok((Event::Agreed, "the workload offers no state: the new kernel begins with its own".into()))
-}
-
 /// Both serve, and the new kernel answers in time.
-async fn validate(args: &MorphArgs) -> Worked {
+async fn validate(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let side = sides(args)?;
     let rtt = healthy(&args.env, &side).await?;
     healthy(&args.env, &args.instance).await?;
-    Ok((Event::Valid, format!("the new kernel is healthy: it answered within {rtt:?}")))
+    let state = match &hand.lines {
+        Some(l) if hand.has_state() => {
+            format!("; {} of state in {} rounds so far", bytes(l.copied), l.rounds)
+        }
+        _ => String::new(),
+    };
+    Ok((Event::Valid, format!("the new kernel is healthy: it answered within {rtt:?}{state}")))
 }
 
-async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, String> {
+pub(super) async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, String> {
     let name = &instance.name;
     let view =
         ask(instance, InstanceMsg::View).await.ok_or_else(|| format!("{name}: its actor does not answer"))?;
@@ -132,170 +161,43 @@ async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, String> {
     }
 }
 
-async fn ask<T>(instance: &Instance, message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg) -> Option<T> {
+pub(super) async fn ask<T>(
+    instance: &Instance,
+    message: impl FnOnce(oneshot::Sender<T>) -> InstanceMsg,
+) -> Option<T> {
     let (reply, answer) = oneshot::channel();
     instance.link.send(message(reply));
     timeout(ANSWER_LIMIT, answer).await.ok().and_then(Result::ok)
 }
 
-/// Nothing stands still where there is no state to keep; but nobody takes over who is not well.
-async fn freeze(args: &MorphArgs) -> Worked {
-    let side = sides(args)?;
-    healthy(&args.env, &side).await?;
-    Ok((Event::Frozen, String::new()))
-}
-
-/// Write the commit record: in one transaction the instance becomes the new kernel, and the other side the old
-/// one, which is to be stopped.
-async fn record(args: &MorphArgs) -> (Event, String) {
-    let not = |why: String| (Event::NotRecorded(why), String::new());
-    let side = match sides(args) {
-        Ok(side) => side,
-        Err(why) => return not(why),
-    };
-    let mut parted: Vec<InstanceRecord> = vec![];
-    for instance in [&args.instance, &side] {
-        match ask(instance, InstanceMsg::Part).await {
-            Some(Ok(record)) => parted.push(record),
-            Some(Err(why)) => {
-                unite(args, &side);
-                return not(why);
-            }
-            None => {
-                unite(args, &side);
-                return not(format!("{}: its actor does not answer", instance.name));
-            }
+/// The new kernel's workload takes over, both actors go on as what they are now; wait until the new kernel is seen to
+/// serve.
+async fn activate(args: &MorphArgs, hand: &mut Hand) -> Worked {
+    if let Err(why) = state::take_over(args, hand).await {
+        let done = state::not_activated(args, hand, why).await;
+        if done.is_err() {
+            // The morph ends here; otherwise it is undone.
+            window::close(&args.env, state::number(args)).await;
         }
+        return done;
     }
-    let (old, new) = (&parted[0], &parted[1]);
-    let Some(morph) = old.morph.clone() else {
-        unite(args, &side);
-        return not("nothing is remembered of it".into());
-    };
-    let step = RecoveryStep {
-        incident: morph.number,
-        instance: old.spec.name.clone(),
-        incarnation: new.incarnation,
-        at_unix_ms: unix_ms(),
-        offset_us: 0,
-        phase: Phase::Committing.name().into(),
-        detail: format!("commit record: kernel {} takes over from {}", new.release, old.release),
-        recovered: None,
-    };
-    let (committed, retired) = exchanged(args, old, new, morph);
-    let env = &args.env;
-    let records = [committed.clone(), retired.clone()];
-    let decide = env.store.decide(&records, std::slice::from_ref(&step));
-    match timeout(env.config.store_limit, decide).await {
-        Ok(Ok(())) => {
-            exchange(args, &side, committed, retired);
-            (Event::Recorded, String::new())
-        }
-        Ok(Err(error)) => {
-            unite(args, &side);
-            not(error.to_string())
-        }
-        Err(_) => (Event::RecordUnknown, String::new()),
-    }
-}
-
-/// From now on each is what the other was. New clients go to the new kernel at once.
-fn exchange(args: &MorphArgs, side: &Instance, committed: InstanceRecord, retired: InstanceRecord) {
-    let target = Target { id: committed.spec.id, incarnation: committed.incarnation };
-    args.instance.become_record(committed);
-    side.become_record(retired);
-    args.env.switch.redirect(&args.instance.name, target);
-}
-
-/// Both records after the commit.
-fn exchanged(
-    args: &MorphArgs,
-    old: &InstanceRecord,
-    new: &InstanceRecord,
-    mut morph: MorphRecord,
-) -> (InstanceRecord, InstanceRecord) {
-    morph.saved.phase = Phase::Committing;
-    let serves = recovery::Saved { phase: recovery::Phase::Monitoring, held: true, ..Default::default() };
-    let stops = recovery::Saved {
-        phase: recovery::Phase::PreparingRecovery,
-        goal: recovery::Goal::Stop,
-        held: true,
-        ..Default::default()
-    };
-    let mut committed = InstanceRecord {
-        policy: old.policy,
-        overrides: old.overrides.clone(),
-        maintenance: old.maintenance,
-        recoveries: old.recoveries,
-        role: Role::Own,
-        saved: serves,
-        morph: Some(morph),
-        publish: old.publish.clone(),
-        reason: "the new kernel took over".into(),
-        ..new.clone()
-    };
-    committed.spec.name.clone_from(&old.spec.name);
-    let (overrides, policy) = side::policy(&args.env, old);
-    let mut retired = InstanceRecord {
-        policy,
-        overrides,
-        role: Role::Side(old.spec.name.clone()),
-        saved: stops,
-        morph: None,
-        publish: vec![],
-        incident: 0,
-        reason: "a new kernel took over".into(),
-        ..old.clone()
-    };
-    retired.spec.name.clone_from(&new.spec.name);
-    (committed, retired)
-}
-
-fn unite(args: &MorphArgs, side: &Instance) {
-    for instance in [&*args.instance, side] {
-        instance.link.send(InstanceMsg::Unite);
-    }
-}
-
-/// Whether the commit record is in the journal.
-async fn look_up(args: &MorphArgs) -> (Event, String) {
-    loop {
-        match side::recall(&args.env, &args.instance.name).await {
-            Ok(record) => {
-                let decided = record.morph.as_ref().is_some_and(|m| m.saved.phase == Phase::Committing);
-                let Ok(side) = sides(args) else {
-                    return (Event::NotRecorded("the new kernel is gone".into()), String::new());
-                };
-                if !decided {
-                    unite(args, &side);
-                    return (Event::NotRecorded("the journal did not take it".into()), String::new());
-                }
-                if let Ok(retired) = side::recall(&args.env, &side.name).await {
-                    exchange(args, &side, record, retired);
-                    return (Event::Recorded, String::new());
-                }
-            }
-            Err(error) => {
-                error!(instance = %args.instance.name, %error, "whether the morph is committed is not known yet")
-            }
-        }
-        sleep(LOOK_AGAIN * 25).await;
-    }
-}
-
-/// Both actors go on as what they are now; wait until the new kernel is seen to serve.
-async fn activate(args: &MorphArgs) -> Worked {
     args.instance.link.send(InstanceMsg::Unite);
-    let (serves, drained) = tokio::join!(seen_to_serve(args), let_go(args));
+    state::retire(args, hand).await;
+    let moved = hand.has_state();
+    let (serves, drained) = tokio::join!(seen_to_serve(args), let_go(args, moved));
+    let old = if serves.is_ok() { old_stopped(args).await } else { String::new() };
+    window::close(&args.env, state::number(args)).await;
     let release = serves?;
-    let old = old_stopped(args).await;
-    Ok((Event::Activated, format!("kernel {release} serves; {drained}{old}")))
+    let event = if args.instance.record().growth.is_empty() { Event::Activated } else { Event::Grows };
+    Ok((event, format!("kernel {release} serves; {drained}{old}")))
 }
 
 /// The other side's clients end what they began; then it is let go, which is its end.
-async fn let_go(args: &MorphArgs) -> String {
+async fn let_go(args: &MorphArgs, moved: bool) -> String {
     let Ok(side) = sides(args) else { return String::new() };
     let limit = args.instance.record().policy.drain_timeout;
+    // Those that can go on have done so. A workload that is retired answers no others.
+    let limit = if moved { limit.min(RETIRED_LIMIT) } else { limit };
     let old = {
         let r = side.record();
         Target { id: r.spec.id, incarnation: r.incarnation }
@@ -303,17 +205,18 @@ async fn let_go(args: &MorphArgs) -> String {
     side.link.send(InstanceMsg::StandAside(limit));
     let drained = args.env.switch.drain(&args.instance.name, old, limit).await;
     side.link.send(InstanceMsg::Unite);
-    match drained {
-        None => String::new(),
-        Some(Drained { ended, cut: 0, took }) => {
-            format!("{ended} connections to the old kernel ended by themselves within {took:.1?}; ")
-        }
-        Some(Drained { ended, cut, took }) => {
-            format!(
-                "{ended} connections to the old kernel ended by themselves, {cut} were reset after {took:.1?}; "
-            )
-        }
+    let Some(Drained { ended, moved, cut, took }) = drained else { return String::new() };
+    let mut parts = vec![];
+    if moved > 0 {
+        parts.push(format!("{moved} connections went on with the new kernel"));
     }
+    if ended > 0 || (cut == 0 && moved == 0) {
+        parts.push(format!("{ended} connections to the old kernel ended by themselves within {took:.1?}"));
+    }
+    if cut > 0 {
+        parts.push(format!("{cut} were reset after {took:.1?}"));
+    }
+    format!("{}; ", parts.join(", "))
 }
 
 async fn seen_to_serve(args: &MorphArgs) -> Result<String, String> {
@@ -337,7 +240,9 @@ async fn seen_to_serve(args: &MorphArgs) -> Result<String, String> {
 async fn old_stopped(args: &MorphArgs) -> String {
     let Some(m) = args.instance.record().morph.clone() else { return String::new() };
     let until = Instant::now() + args.env.config.effect_limit;
-    while args.env.directory.get(&m.side).is_some() {
+    // A standby of that name is another one.
+    let old = || args.env.directory.get(&m.side).filter(|i| matches!(i.record().role, Role::Side(_)));
+    while old().is_some() {
         if Instant::now() >= until {
             return format!("the old one is still being stopped: kmorphctl status {}", m.side);
         }
@@ -346,10 +251,26 @@ async fn old_stopped(args: &MorphArgs) -> String {
     "the old one is stopped, its CPUs and memory are back".into()
 }
 
-async fn undo(args: &MorphArgs) -> Worked {
-    let record = args.instance.record().morph.clone();
-    if let Some(m) = record {
-        side::remove(&args.env, &m.side).await?;
+async fn undo(args: &MorphArgs, hand: &mut Hand) -> Worked {
+    args.env.switch.unpark(&args.instance.name);
+    let Some(m) = args.instance.record().morph.clone() else { return Ok((Event::Undone, String::new())) };
+    // Whoever stands aside goes on as what it was.
+    for instance in std::iter::once(args.instance.clone()).chain(args.env.directory.get(&m.side)) {
+        instance.link.send(InstanceMsg::Unite);
     }
-    Ok((Event::Undone, String::new()))
+    hand.parted = None;
+    let thawed = state::thaw(args, hand, &m).await;
+    let removed = side::remove(&args.env, &m.side).await;
+    window::close(&args.env, m.number).await;
+    removed?;
+    thawed.map(|()| (Event::Undone, String::new()))
+}
+
+/// Bytes as people read them.
+pub(super) fn bytes(n: u64) -> String {
+    match n {
+        0..0x400 => format!("{n} bytes"),
+        0x400..0x10_0000 => format!("{:.1} KiB", n as f64 / 1024.0),
+        _ => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+    }
 }

@@ -7,18 +7,20 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net as std_unix;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kmorph_control::{Listen, Publish};
+use kmorph_control::Listen;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 use tracing::{error, info, warn};
 
+use super::carried;
+use super::door::{Door, Member};
 use super::session::{self, Ended};
-use super::{Counts, Shared};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -29,16 +31,14 @@ const UNIX_MODE: u32 = 0o666;
 
 /// A listener and its connections.
 pub(super) struct Front {
-    pub(super) publish: Publish,
-    pub(super) counts: Arc<Counts>,
-    pub(super) listening: Arc<AtomicBool>,
+    pub(super) door: Arc<Door>,
     task: JoinHandle<()>,
 }
 
 impl Front {
     /// End it and its connections. The address is free when the task has ended.
     pub(super) fn close(self) -> JoinHandle<()> {
-        if let (Listen::Unix(path), true) = (&self.publish.listen, self.listening.load(Ordering::Relaxed))
+        if let (Listen::Unix(path), true) = (&self.door.listen, self.door.listening.load(Ordering::Relaxed))
             && let Err(error) = fs::remove_file(path)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -60,28 +60,27 @@ enum Client {
 }
 
 /// Listen, or say why that cannot be.
-pub(super) fn listen(publish: &Publish, shared: &Arc<Shared>) -> io::Result<Front> {
-    let listener = bind(&publish.listen)?;
-    Ok(front(publish, shared, Some(listener)))
+pub(super) fn listen(group: Option<String>, first: Member) -> io::Result<Front> {
+    let listener = bind(&first.publish.listen)?;
+    Ok(front(group, first, Some(listener)))
 }
 
 /// Listen as soon as that can be.
-pub(super) fn listen_in_time(publish: &Publish, shared: &Arc<Shared>) -> Front {
-    match bind(&publish.listen) {
-        Ok(listener) => front(publish, shared, Some(listener)),
+pub(super) fn listen_in_time(group: Option<String>, first: Member) -> Front {
+    match bind(&first.publish.listen) {
+        Ok(listener) => front(group, first, Some(listener)),
         Err(error) => {
-            error!(instance = %shared.instance, %publish, %error, "cannot be published yet: trying again every {AGAIN:?}");
-            front(publish, shared, None)
+            let (instance, publish) = (&first.shared.instance, &first.publish);
+            error!(%instance, %publish, %error, "cannot be published yet: trying again every {AGAIN:?}");
+            front(group, first, None)
         }
     }
 }
 
-fn front(publish: &Publish, shared: &Arc<Shared>, listener: Option<Listener>) -> Front {
-    let counts = Arc::<Counts>::default();
-    let listening = Arc::new(AtomicBool::new(listener.is_some()));
-    let task =
-        tokio::spawn(run(publish.clone(), shared.clone(), counts.clone(), listening.clone(), listener));
-    Front { publish: publish.clone(), counts, listening, task }
+fn front(group: Option<String>, first: Member, listener: Option<Listener>) -> Front {
+    let door = Door::new(group, first, listener.is_some());
+    let task = tokio::spawn(run(door.clone(), listener));
+    Front { door, task }
 }
 
 fn bind(listen: &Listen) -> io::Result<Listener> {
@@ -119,43 +118,36 @@ fn left_behind(path: &Path) -> bool {
         && std_unix::UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-async fn bound(publish: &Publish, shared: &Shared, listening: &AtomicBool) -> Listener {
+async fn bound(door: &Door) -> Listener {
     loop {
         sleep(AGAIN).await;
-        if let Ok(listener) = bind(&publish.listen) {
-            info!(instance = %shared.instance, %publish, "published");
-            listening.store(true, Ordering::Relaxed);
+        if let Ok(listener) = bind(&door.listen) {
+            info!(instance = %door.names(), listen = ?door.listen, "published");
+            door.listening.store(true, Ordering::Relaxed);
             return listener;
         }
     }
 }
 
-async fn run(
-    publish: Publish,
-    shared: Arc<Shared>,
-    counts: Arc<Counts>,
-    listening: Arc<AtomicBool>,
-    listener: Option<Listener>,
-) {
+async fn run(door: Arc<Door>, listener: Option<Listener>) {
     let listener = match listener {
         Some(listener) => listener,
-        None => bound(&publish, &shared, &listening).await,
+        None => bound(&door).await,
     };
     // Ended with this task.
     let mut sessions = JoinSet::new();
     loop {
         tokio::select! {
-            next = accept(&listener, &shared) => match next {
+            next = accept(&listener, &door.places) => match next {
                 Some(Ok((client, place))) => {
-                    counts.accepted.fetch_add(1, Ordering::Relaxed);
-                    let (shared, counts, port) = (shared.clone(), counts.clone(), publish.port);
+                    let door = door.clone();
                     sessions.spawn(async move {
-                        serve(client, &shared, &counts, port).await;
+                        serve(client, &door).await;
                         drop(place);
                     });
                 }
                 Some(Err(error)) => {
-                    warn!(instance = %shared.instance, %publish, %error, "a connection could not be accepted");
+                    warn!(instance = %door.names(), %error, "a connection could not be accepted");
                     sleep(AGAIN).await;
                 }
                 // The places are never closed.
@@ -163,7 +155,7 @@ async fn run(
             },
             Some(ended) = sessions.join_next() => {
                 if let Err(error) = ended {
-                    error!(instance = %shared.instance, %publish, %error, "a connection ended by a mistake of the switch");
+                    error!(instance = %door.names(), %error, "a connection ended by a mistake of the switch");
                 }
             }
         }
@@ -171,8 +163,11 @@ async fn run(
 }
 
 /// The next connection, when there is a place for it.
-async fn accept(listener: &Listener, shared: &Shared) -> Option<io::Result<(Client, OwnedSemaphorePermit)>> {
-    let place = shared.places.clone().acquire_owned().await.ok()?;
+async fn accept(
+    listener: &Listener,
+    places: &Arc<Semaphore>,
+) -> Option<io::Result<(Client, OwnedSemaphorePermit)>> {
+    let place = places.clone().acquire_owned().await.ok()?;
     let client = match listener {
         Listener::Tcp(listener) => listener.accept().await.map(|(stream, _)| Client::Tcp(stream)),
         Listener::Unix(listener) => listener.accept().await.map(|(stream, _)| Client::Unix(stream)),
@@ -180,18 +175,28 @@ async fn accept(listener: &Listener, shared: &Shared) -> Option<io::Result<(Clie
     Some(client.map(|client| (client, place)))
 }
 
-async fn serve(client: Client, shared: &Shared, counts: &Counts, port: u32) {
+async fn serve(client: Client, door: &Door) {
     match client {
         Client::Tcp(mut stream) => {
             // Small answers are not to wait for the next ones. A client that is gone already says so when it is read.
             let _ = stream.set_nodelay(true);
-            if session::run(&mut stream, shared, counts, port).await == Ended::Broken {
+            if run_one(&mut stream, door).await == Ended::Broken {
                 // It must not look like the end of an answer that was cut short.
                 let _ = stream.set_zero_linger();
             }
         }
         Client::Unix(mut stream) => {
-            session::run(&mut stream, shared, counts, port).await;
+            run_one(&mut stream, door).await;
         }
+    }
+}
+
+async fn run_one<S>(client: &mut S, door: &Door) -> Ended
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    match door.sessions() {
+        true => carried::run(client, door).await,
+        false => session::run(client, door).await,
     }
 }

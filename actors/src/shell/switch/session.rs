@@ -4,21 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt;
 use kmorph_platform::Stream;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
-use super::{Counts, Lane, Shared};
+use super::door::{Door, Member};
+use super::{Lane, Shared};
 use crate::core::route::{Route, Target};
 
 /// Longest wait for a kernel that takes the connection.
-const WAIT_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const WAIT_LIMIT: Duration = Duration::from_secs(30);
 /// Wait after the first connect that failed; it doubles.
-const FIRST_WAIT: Duration = Duration::from_millis(5);
+pub(super) const FIRST_WAIT: Duration = Duration::from_millis(5);
 /// Longest wait between two tries.
-const LONGEST_WAIT: Duration = Duration::from_millis(500);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_millis(500);
 /// For each direction of a connection.
 const BUFFER: usize = 16 << 10;
 
@@ -32,10 +34,10 @@ pub(super) enum Ended {
 }
 
 /// Counts what is going on, for as long as it lives.
-struct Going<'a>(&'a AtomicU64);
+pub(super) struct Going<'a>(&'a AtomicU64);
 
 impl<'a> Going<'a> {
-    fn on(count: &'a AtomicU64) -> Going<'a> {
+    pub(super) fn on(count: &'a AtomicU64) -> Going<'a> {
         count.fetch_add(1, Ordering::Relaxed);
         Going(count)
     }
@@ -48,10 +50,10 @@ impl Drop for Going<'_> {
 }
 
 /// A place in a lane. Whoever drains the lane sees it.
-struct InLane(Arc<Lane>);
+pub(super) struct InLane(pub(super) Arc<Lane>);
 
 impl InLane {
-    fn new(lane: Arc<Lane>) -> InLane {
+    pub(super) fn new(lane: Arc<Lane>) -> InLane {
         lane.open.send_modify(|n| *n += 1);
         InLane(lane)
     }
@@ -64,20 +66,19 @@ impl Drop for InLane {
 }
 
 /// Serve a client until it or the service ends.
-pub(super) async fn run<S>(client: &mut S, shared: &Shared, counts: &Counts, port: u32) -> Ended
+pub(super) async fn run<S>(client: &mut S, door: &Door) -> Ended
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let began = Instant::now();
-    let joined = {
-        let _waiting = Going::on(&counts.waiting);
-        timeout_at(began + WAIT_LIMIT, dial(shared, port)).await.unwrap_or(None)
-    };
-    let Some((mut service, lane)) = joined else {
-        counts.failed.fetch_add(1, Ordering::Relaxed);
-        debug!(instance = %shared.instance, port, "no kernel took a client's connection");
+    let placed = door.place(|m| async move { dial(&m.shared, m.publish.port).await }.boxed());
+    let Some((member, (mut service, lane))) = timeout_at(began + WAIT_LIMIT, placed).await.unwrap_or(None)
+    else {
+        door.failed();
+        debug!(instance = %door.names(), "no kernel took a client's connection");
         return Ended::Broken;
     };
+    let Member { shared, counts, .. } = &*member;
     let waited = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     counts.longest_wait_us.fetch_max(waited, Ordering::Relaxed);
     let _open = Going::on(&counts.open);
@@ -86,6 +87,8 @@ where
         copied = copy_bidirectional_with_sizes(client, &mut service, BUFFER, BUFFER) => copied.is_ok(),
         // The lane outlives its users: the only way this ends is that it is cut.
         _ = cut.wait_for(|cut| *cut) => false,
+        // Published no more, while others still are at this address.
+        () = shared.ended() => return Ended::Orderly,
     };
     if copied {
         return Ended::Orderly;

@@ -14,7 +14,10 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::service;
+use super::workload::{Outcome, Workloads};
 
+/// Port of the service that speaks the session protocol.
+pub const SESSIONS: u32 = 6000;
 const PERIOD: Duration = Duration::from_millis(10);
 
 /// What the next call does.
@@ -26,6 +29,8 @@ pub enum Next {
     /// It does not return before the gate is opened.
     Block(Arc<Notify>),
     Panic,
+    /// The kernel dies of it.
+    Die,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,9 +70,14 @@ struct State {
     /// State a kernel has from its first moment.
     born: HashMap<InstanceId, KernelState>,
     no_pulse: Vec<InstanceId>,
+    handovers: Vec<HandoverRegion>,
+    windows: Vec<u64>,
+    /// The next start under this name fails.
+    fails: Option<&'static str>,
 }
 
 pub struct Fake {
+    pub workloads: Arc<Workloads>,
     state: Mutex<State>,
     changed: Notify,
     events: Mutex<mpsc::Sender<PlatformEvent>>,
@@ -78,6 +88,7 @@ impl Fake {
     pub fn new() -> Arc<Fake> {
         let (events, source) = mpsc::channel(64);
         Arc::new(Fake {
+            workloads: Arc::default(),
             state: Mutex::default(),
             changed: Notify::new(),
             events: Mutex::new(events),
@@ -96,6 +107,11 @@ impl Fake {
     /// What the next calls of this kind do; then they succeed.
     pub fn script(&self, call: &'static str, next: &[Next]) {
         self.with(|s| s.next.insert(call, next.iter().rev().cloned().collect()));
+    }
+
+    /// The next start of an instance of this name fails.
+    pub fn fail_boot_of(&self, name: &'static str) {
+        self.with(|s| s.fails = Some(name));
     }
 
     pub fn agent(&self, id: u16, agent: Agent) {
@@ -138,6 +154,7 @@ impl Fake {
     /// The kernel panics and its notice arrives.
     pub async fn panic(&self, id: u16, reason: &str) {
         self.hang(id);
+        self.kernel(id, |k| self.workloads.end((InstanceId(id), k.incarnation)));
         let incarnation = self.kernel(id, |k| {
             k.state = KernelState::Panicked(reason.into());
             k.incarnation
@@ -158,6 +175,16 @@ impl Fake {
 
     pub fn running(&self, id: u16) -> Option<u64> {
         self.with(|s| s.kernels.get(&InstanceId(id)).filter(|k| k.running).map(|k| k.incarnation))
+    }
+
+    /// What it had was taken back, by a call whose end nobody saw.
+    pub fn gone(&self, id: u16) {
+        self.with(|s| s.kernels.remove(&InstanceId(id)));
+    }
+
+    /// Handover regions: key, writer.
+    pub fn handovers(&self) -> Vec<(u64, Option<u16>)> {
+        self.with(|s| s.handovers.iter().map(|h| (h.key, h.writer.map(|w| w.0))).collect())
     }
 
     /// Calls so far, such as "boot 1 2" (instance, incarnation).
@@ -194,7 +221,7 @@ impl Fake {
                 gate.notified().await;
                 None
             }
-            Some(Next::Panic) => panic!("scripted panic in {kind}"),
+            Some(Next::Panic | Next::Die) => panic!("scripted panic in {kind}"),
             next => next,
         }
     }
@@ -230,6 +257,7 @@ impl Platform for Fake {
                 cpus: (0..12).map(cpu).collect(),
                 pool: vec![MemoryRange { base: 1 << 30, size: 2 << 30 }],
                 used: s.kernels.iter().map(|(id, k)| (k.region, *id)).collect(),
+                memory_block: 128 << 20,
             }
         }))
     }
@@ -260,6 +288,10 @@ impl Platform for Fake {
         if request.kernel == Path::new("/bad") {
             return Err(PlatformError::BadImage("/bad: not a bzImage".into()));
         }
+        let taken = |k: &Kernel| k.running && k.cpus.iter().any(|c| request.spec.cpus.contains(c));
+        if self.with(|s| s.kernels.values().any(taken)) {
+            return Err(PlatformError::Busy(format!("CPUs {:?} are taken", request.spec.cpus)));
+        }
         Ok(())
     }
 
@@ -268,6 +300,9 @@ impl Platform for Fake {
         let next = self.call("boot", format!("boot {id} {}", r.incarnation)).await;
         if let Some(Next::Fail(why)) = next {
             return Err(PlatformError::BadImage(why.into()));
+        }
+        if self.with(|s| s.fails.take_if(|name| *name == r.spec.name)).is_some() {
+            return Err(PlatformError::BadImage("it does not start".into()));
         }
         let region = MemoryRange { base: u64::from(id.0) << 30, size: r.spec.memory_bytes };
         let release = if r.kernel == Path::new("/new") { "6.18.1" } else { "6.12.9" };
@@ -286,6 +321,7 @@ impl Platform for Fake {
                 cpus: r.spec.cpus.clone(),
             };
             s.kernels.insert(id, kernel);
+            self.workloads.boot((id, r.incarnation));
         });
         let took = Duration::from_millis(5);
         Ok(Booted { region, cpus: r.spec.cpus.clone(), release: release.into(), took })
@@ -293,8 +329,9 @@ impl Platform for Fake {
 
     fn pulse(&self, id: InstanceId, incarnation: u64) -> Result<PulseSample, PlatformError> {
         self.current(id, incarnation)?;
+        let died = self.workloads.killed((id, incarnation));
         Ok(self.kernel(id.0, |k| PulseSample {
-            state: k.state.clone(),
+            state: if died { KernelState::Panicked("of a message".into()) } else { k.state.clone() },
             nonce: k.incarnation + 1000,
             cpus: vec![CpuPulse { number: 0, count: k.beats() }],
         }))
@@ -314,6 +351,7 @@ impl Platform for Fake {
                 k.frozen = Some(k.beats());
                 k.running = false;
                 k.agent.send_replace(Agent::Never);
+                self.workloads.end((id, k.incarnation));
                 FenceReport { cpus: k.cpus.iter().map(|c| (*c, true)).collect(), complete: true, took }
             })),
         }
@@ -337,6 +375,45 @@ impl Platform for Fake {
         })
     }
 
+    async fn grow(
+        &self,
+        id: InstanceId,
+        incarnation: u64,
+        growth: &Growth,
+        _: Duration,
+    ) -> Result<Grown, PlatformError> {
+        let next =
+            self.call("grow", format!("grow {id} {:?} {}", growth.cpus, growth.memory_bytes >> 20)).await;
+        self.current(id, incarnation)?;
+        match next {
+            Some(Next::Fail(why)) => return Err(PlatformError::os("grow", why)),
+            // Everything but that CPU.
+            Some(Next::Partial(cpu)) => {
+                let cpus = growth.cpus.iter().copied().filter(|c| *c != cpu).collect();
+                let failed = vec![format!("CPU {cpu} does not come")];
+                return Ok(Grown { cpus, failed, ..Grown::default() });
+            }
+            _ => {}
+        }
+        self.with(|s| {
+            for (other, k) in &s.kernels {
+                let both = k.cpus.iter().find(|c| *other != id && growth.cpus.contains(c));
+                assert_eq!(both, None, "instance {id} gets a CPU that instance {other} has");
+            }
+            let k = s.kernels.get_mut(&id).expect("checked");
+            let new: Vec<u32> = growth.cpus.iter().copied().filter(|c| !k.cpus.contains(c)).collect();
+            k.cpus.extend(new);
+            let memory = MemoryRange { base: 1 << 41, size: growth.memory_bytes };
+            let memory = if memory.size > 0 { vec![memory] } else { vec![] };
+            Ok(Grown { cpus: growth.cpus.clone(), memory, ..Grown::default() })
+        })
+    }
+
+    async fn release_cpus(&self, cpus: &[u32]) -> Result<(), PlatformError> {
+        self.call("release", format!("release {cpus:?}")).await;
+        Ok(())
+    }
+
     async fn connect(
         &self,
         id: InstanceId,
@@ -344,6 +421,10 @@ impl Platform for Fake {
         port: u32,
     ) -> Result<Box<dyn Stream>, PlatformError> {
         self.current(id, incarnation)?;
+        if port == SESSIONS {
+            let refused = || PlatformError::os("connect", "connection refused");
+            return self.workloads.connect((id, incarnation)).ok_or_else(refused);
+        }
         if port != 9000 {
             let (release, life) = self.kernel(id.0, |k| (k.release.clone(), k.agent.subscribe()));
             return Ok(service::connect(release, life));
@@ -363,8 +444,100 @@ impl Platform for Fake {
             return Err(PlatformError::os("connect", "connection refused"));
         }
         let (here, there) = tokio::io::duplex(4096);
-        tokio::spawn(serve(there, id, incarnation, release, agent));
+        let dies = self.events.lock().unwrap().clone();
+        tokio::spawn(serve(there, id, incarnation, release, agent, self.workloads.clone(), dies));
         Ok(Box::new(here))
+    }
+
+    async fn window_open(
+        &self,
+        key: u64,
+        _: u64,
+        from: (InstanceId, u64),
+        to: (InstanceId, u64),
+    ) -> Result<(), PlatformError> {
+        if let Some(Next::Fail(why)) = self.call("window", format!("window {} {}", from.0, to.0)).await {
+            return Err(PlatformError::os("window", why));
+        }
+        for (id, incarnation) in [from, to] {
+            self.current(id, incarnation)?;
+        }
+        self.with(|s| {
+            assert!(key & WINDOW != 0 && !s.windows.contains(&key), "{key:#x}");
+            s.windows.push(key);
+        });
+        Ok(())
+    }
+
+    async fn window_close(&self, key: u64, _: Duration) -> Result<(), PlatformError> {
+        if let Some(Next::Fail(why)) = self.call("close", "close the window".into()).await {
+            return Err(PlatformError::os("close a window", why));
+        }
+        self.with(|s| s.windows.retain(|k| *k != key));
+        Ok(())
+    }
+
+    async fn windows(&self) -> Result<Vec<u64>, PlatformError> {
+        Ok(self.with(|s| s.windows.clone()))
+    }
+
+    async fn handover_create(&self, key: u64, size: u64) -> Result<MemoryRange, PlatformError> {
+        self.call("handover", format!("handover create {size}")).await;
+        self.with(|s| {
+            if s.handovers.iter().any(|h| h.key == key) {
+                return Err(PlatformError::Busy(format!("there is a handover region {key} already")));
+            }
+            let range = MemoryRange { base: 1 << 40, size };
+            s.handovers.push(HandoverRegion { key, range, writer: None, shared: vec![] });
+            Ok(range)
+        })
+    }
+
+    async fn handover_share(&self, key: u64, id: InstanceId, incarnation: u64) -> Result<(), PlatformError> {
+        self.current(id, incarnation)?;
+        self.with(|s| {
+            let region = s.handovers.iter_mut().find(|h| h.key == key);
+            let region = region.ok_or_else(|| PlatformError::Invalid("no such region".into()))?;
+            region.shared.push(id);
+            Ok(())
+        })
+    }
+
+    async fn handover_assign(
+        &self,
+        key: u64,
+        id: Option<InstanceId>,
+        limit: Duration,
+    ) -> Result<HandoverMoved, PlatformError> {
+        let to = id.map_or(0, |id| id.0);
+        if let Some(Next::Fail(_)) = self.call("assign", format!("handover assign {to}")).await {
+            return Err(PlatformError::Timeout { what: "revoking the writer".into(), limit });
+        }
+        self.with(|s| {
+            let running = |id: &InstanceId| s.kernels.get(id).is_some_and(|k| k.running);
+            assert!(id.is_none_or(|id| running(&id)), "a writer that does not run");
+            let region = s.handovers.iter_mut().find(|h| h.key == key).expect("there is one");
+            assert!(id.is_none_or(|id| region.shared.contains(&id)), "it is not shared with {id:?}");
+            region.writer = id;
+        });
+        Ok(HandoverMoved { revoke: Duration::ZERO, took: Duration::ZERO })
+    }
+
+    async fn handover_destroy(&self, key: u64) -> Result<(), PlatformError> {
+        self.with(|s| {
+            let running: Vec<InstanceId> =
+                s.kernels.iter().filter(|(_, k)| k.running).map(|(id, _)| *id).collect();
+            let region = s.handovers.iter().find(|h| h.key == key).expect("there is one");
+            if region.shared.iter().any(|id| running.contains(id)) {
+                return Err(PlatformError::Busy("it is shared".into()));
+            }
+            s.handovers.retain(|h| h.key != key);
+            Ok(())
+        })
+    }
+
+    async fn handover_list(&self) -> Result<Vec<HandoverRegion>, PlatformError> {
+        Ok(self.with(|s| s.handovers.clone()))
     }
 
     async fn console(&self, id: InstanceId, _: u64) -> Result<ConsoleLog, PlatformError> {
@@ -385,6 +558,8 @@ async fn serve(
     incarnation: u64,
     release: String,
     mut agent: watch::Receiver<Agent>,
+    workloads: Arc<Workloads>,
+    dies: mpsc::Sender<PlatformEvent>,
 ) {
     let identity = Hello { instance: id.0, incarnation, release, ..Hello::default() };
     let limit = Duration::from_secs(1);
@@ -401,9 +576,11 @@ async fn serve(
         };
         let silent = *agent.borrow() == Agent::Silent;
         match event {
-            Event::Message { header, message: Message::HeartbeatReq(HeartbeatReq { metrics, .. }) }
-                if !silent =>
-            {
+            Event::Message {
+                header,
+                message: Message::HeartbeatReq(HeartbeatReq { metrics, serves, .. }),
+            } if !silent => {
+                workloads.heartbeat((id, incarnation), serves);
                 let mut answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
                 if metrics {
                     answer.metrics.io = Some(kmp::message::IoMetrics { probe_us: 7, pressure: None });
@@ -415,6 +592,26 @@ async fn serve(
                 return;
             }
             Event::Closed { .. } => return,
+            Event::Message { message: Message::Topology(topology), .. } => {
+                workloads.hear((id, incarnation), topology);
+            }
+            Event::Message { header, message } if !silent => {
+                match workloads.message((id, incarnation), message).await {
+                    Outcome::Answers(answers) => {
+                        for answer in answers {
+                            connection.queue(header.sequence, &answer).unwrap();
+                        }
+                    }
+                    Outcome::Dies => {
+                        workloads.kill((id, incarnation));
+                        let kind = PlatformEventKind::Panic("of a message".into());
+                        let event = PlatformEvent { id, incarnation, age: Duration::ZERO, kind };
+                        dies.send(event).await.unwrap();
+                        return;
+                    }
+                    Outcome::Lost => return,
+                }
+            }
             _ => {}
         }
     }

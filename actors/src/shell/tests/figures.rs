@@ -51,6 +51,11 @@ async fn metrics_are_described_and_given() {
     let _guard = metrics::set_default_local_recorder(&names);
     let w = world().await;
     w.up("web").await;
+    w.tree.policy_set("web", crate::core::policy::Key::Standby, Some("same")).await.unwrap();
+    let ready = |v: &InstanceView| v.standby.as_ref().is_some_and(|s| s.state == "ready");
+    while !ready(&w.tree.status("web").await.unwrap()) {
+        w.pass(MS).await;
+    }
     w.fake.agent(1, Agent::Silent);
     w.shows("web", InstanceState::AgentSilent).await;
     w.tree.instance_for_test("web").heartbeat.send(crate::shell::heartbeat::HeartbeatMsg::Panic);

@@ -182,3 +182,80 @@ async fn a_member_in_maintenance_is_left_out_and_groups_can_be_reloaded() {
     w.group_is("UP").await;
     assert_eq!(w.incarnations().await, [3, 4, 2]);
 }
+
+fn morph_all(kernel: Option<&str>, what: GroupMorph) -> MorphGroupArgs {
+    MorphGroupArgs { group: "shop".into(), kernel: kernel.map(str::to_owned), what, one_by_one: false }
+}
+
+/// The machine of the tests has twelve CPUs: two members and their new kernels fit.
+async fn two_of_the_shop() -> World {
+    let w = world_with(shop(Strategy::OneForOne, 10)).await;
+    w.up("db").await;
+    w.up("web").await;
+    w
+}
+
+async fn releases(w: &World) -> [String; 2] {
+    let mut all = <[String; 2]>::default();
+    for (at, name) in ["db", "web"].into_iter().enumerate() {
+        all[at] = w.tree.status(name).await.unwrap().release;
+    }
+    all
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_get_a_new_kernel_together_or_not_at_all() {
+    let w = two_of_the_shop().await;
+    // The second cannot be started: the first is rolled back.
+    w.fake.script("boot", &[Next::Fail("no room")]);
+    let error = w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Commit)).await.unwrap_err();
+    assert!(
+        error.message.contains("group shop: ") && error.message.contains("nothing was changed"),
+        "{error}"
+    );
+    w.fake.agent(510, Agent::Never);
+    let error = w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Commit)).await.unwrap_err();
+    assert!(error.message.contains("rolled back too: db"), "{error}");
+    assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
+    w.fake.agent(510, Agent::Answers);
+    let valid = w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Validate)).await.unwrap();
+    assert_eq!(valid.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(), ["db", "web"]);
+    assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
+    let error = w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Commit)).await.unwrap_err();
+    assert!(error.message.contains("db has a morph under way"), "{error}");
+    let done = w.tree.morph_group(&morph_all(None, GroupMorph::Commit)).await.unwrap();
+    assert!(done.iter().all(|v| v.committed == Some(true)), "{done:?}");
+    assert_eq!(releases(&w).await, ["6.18.1", "6.18.1"]);
+    let error = w.tree.morph_group(&morph_all(None, GroupMorph::Rollback)).await.unwrap_err();
+    assert!(error.message.contains("no morph is prepared: kmorphctl morph group shop"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_dies_before_the_commit_takes_the_others_back() {
+    let w = two_of_the_shop().await;
+    w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Validate)).await.unwrap();
+    let side = w.tree.status("web~morph").await.unwrap().id;
+    w.fake.panic(side, "die").await;
+    while w.tree.status("web").await.unwrap().morph.is_some() {
+        w.pass(MS).await;
+    }
+    // One is left that waits: it goes with the others, or not at all.
+    let error = w.tree.morph_group(&morph_all(None, GroupMorph::Commit)).await.unwrap_err();
+    assert!(
+        error.message.contains("web has no morph") && error.message.contains("shop --rollback"),
+        "{error}"
+    );
+    let back = w.tree.morph_group(&morph_all(None, GroupMorph::Rollback)).await.unwrap();
+    assert_eq!(
+        back.iter().map(|v| (v.name.as_str(), v.committed)).collect::<Vec<_>>(),
+        [("db", Some(false))]
+    );
+    assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
+    // A new kernel that dies between validation and commit: nobody is committed before all are valid again.
+    w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Validate)).await.unwrap();
+    let side = w.tree.status("web~morph").await.unwrap().id;
+    w.fake.agent(side, Agent::Silent);
+    let error = w.tree.morph_group(&morph_all(None, GroupMorph::Commit)).await.unwrap_err();
+    assert!(error.message.contains("group shop"), "{error}");
+    assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
+}

@@ -5,13 +5,19 @@ mod failures;
 mod fake;
 mod figures;
 mod groups;
+mod growth;
 mod morphs;
 mod operators;
 mod policies;
 mod restart;
 mod service;
+mod shared;
 mod sim;
+mod standbys;
+mod states;
 mod switch;
+mod topology;
+mod workload;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +60,10 @@ impl Definitions for Defs {
             .ok_or_else(|| OpError::new(ErrorKind::NotFound, format!("no definition of {name}")))
     }
 
+    fn save(&self, _: &InstanceSpec) -> Result<(), OpError> {
+        Err(OpError::new(ErrorKind::Internal, "definitions cannot be written here"))
+    }
+
     fn all(&self) -> Vec<InstanceSpec> {
         vec![spec("web", 1), spec("db", 2), spec("i3", 3)]
     }
@@ -65,6 +75,8 @@ struct TestStore {
     memory: MemoryStore,
     steps: watch::Sender<Vec<RecoveryStep>>,
     broken: std::sync::atomic::AtomicBool,
+    /// The next decision is refused.
+    refused: std::sync::atomic::AtomicBool,
     /// The next save waits for it.
     gate: std::sync::Mutex<Option<Arc<tokio::sync::Notify>>>,
 }
@@ -76,6 +88,11 @@ impl TestStore {
         } else {
             Ok(())
         }
+    }
+
+    /// The next decision is refused.
+    fn refuse_decisions(&self) {
+        self.refused.store(true, std::sync::atomic::Ordering::SeqCst);
     }
 
     /// Wait for a step in this phase.
@@ -114,6 +131,9 @@ impl Store for TestStore {
     }
     async fn decide(&self, records: &[InstanceRecord], steps: &[RecoveryStep]) -> Result<(), StoreError> {
         self.check()?;
+        if self.refused.swap(false, std::sync::atomic::Ordering::SeqCst) {
+            return Err(StoreError("disk full".into()));
+        }
         self.memory.decide(records, steps).await?;
         self.steps.send_modify(|s| s.extend_from_slice(steps));
         Ok(())
@@ -172,6 +192,7 @@ fn args(name: &str) -> SpawnArgs {
         boot_timeout_s: None,
         wait: true,
         publish: vec![],
+        handover_bytes: 0,
     }
 }
 

@@ -2,24 +2,25 @@
 
 use super::*;
 
-fn to(goal: MorphGoal) -> MorphArgs {
+pub(super) fn to(goal: MorphGoal) -> MorphArgs {
     MorphArgs {
         name: "web".into(),
         kernel: Some("/new".into()),
         cmdline: None,
         initramfs: None,
         cpus: vec![],
+        memory_bytes: None,
         goal,
         dry_run: false,
     }
 }
 
-fn on(goal: MorphGoal) -> MorphArgs {
+pub(super) fn on(goal: MorphGoal) -> MorphArgs {
     MorphArgs { kernel: None, ..to(goal) }
 }
 
 /// web serves, and nothing is left of a morph.
-async fn at_rest(w: &World, id: u16) -> InstanceView {
+pub(super) async fn at_rest(w: &World, id: u16) -> InstanceView {
     let limit = Instant::now() + PATIENCE;
     while w.tree.list().await.iter().any(|i| i.side_of.is_some() || i.morph.is_some()) {
         assert!(Instant::now() < limit, "a side is left: {:?}", w.tree.list().await);
@@ -27,13 +28,17 @@ async fn at_rest(w: &World, id: u16) -> InstanceView {
     }
     let web = w.shows("web", InstanceState::Healthy).await;
     assert_eq!(web.id, id);
+    while !w.fake.windows().await.unwrap().is_empty() {
+        assert!(Instant::now() < limit, "memory of a morph is left");
+        w.pass(MS).await;
+    }
     let records = w.store.load_instances().await.unwrap();
     assert!(records.iter().all(|r| r.morph.is_none() && !r.spec.name.contains('~')), "{records:?}");
     web
 }
 
 /// Another daemon, after this one was killed.
-async fn again(w: World) -> World {
+pub(super) async fn again(w: World) -> World {
     w.tree.kill_for_test();
     w.pass(100 * MS).await;
     w.fake.rewind();
@@ -122,7 +127,7 @@ async fn a_new_kernel_that_does_not_come_up_or_dies_changes_nothing() {
     w.up("web").await;
     w.fake.script("boot", &[Next::Fail("no room")]);
     let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
-    assert_eq!(error.kind, ErrorKind::MorphFailed);
+    assert_eq!(error.kind, ErrorKind::MorphFailed, "{error}");
     assert!(error.message.contains("no room") && error.message.contains("the old kernel goes on"), "{error}");
     at_rest(&w, 1).await;
     w.fake.agent(511, Agent::Never);

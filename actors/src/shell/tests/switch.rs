@@ -154,6 +154,7 @@ async fn a_morph_sends_new_clients_to_the_new_kernel_and_lets_the_old_ones_end()
         cmdline: None,
         initramfs: None,
         cpus: vec![],
+        memory_bytes: None,
         goal: MorphGoal::Commit,
         dry_run: false,
     };

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kmp::io::Connection;
-use kmp::message::{ByeAck, HeartbeatRsp, Hello, Message};
+use kmp::message::{ByeAck, HeartbeatRsp, Hello, Message, MorphCommit, Reply};
 use kmp::session::Event;
 use tokio::sync::watch;
 
@@ -67,6 +67,8 @@ pub(super) struct Agent {
     pub(super) trouble: watch::Receiver<Trouble>,
     pub(super) served: Arc<AtomicBool>,
     pub(super) shares: Option<Arc<Shares>>,
+    /// Its workload is told to serve.
+    pub(super) told: Box<dyn Fn() + Send>,
 }
 
 impl Agent {
@@ -92,10 +94,22 @@ impl Agent {
             let silent = *self.trouble.borrow() != Trouble::None;
             match event {
                 Event::Message { message: Message::HeartbeatReq(_), .. } if silent => {}
-                Event::Message { header, message: Message::HeartbeatReq(_) } => {
+                Event::Message { header, message: Message::HeartbeatReq(request) } => {
+                    if request.serves {
+                        (self.told)();
+                    }
                     self.served.store(true, Ordering::SeqCst);
                     let answer = HeartbeatRsp { incarnation, ..HeartbeatRsp::default() };
                     if connection.queue(header.sequence, &answer.into()).is_err() {
+                        return;
+                    }
+                }
+                Event::Message { header, message: Message::MorphCommit(m) } if !silent => {
+                    if m.serves {
+                        (self.told)();
+                    }
+                    let reply = Some(Reply { ok: true, detail: String::new() });
+                    if connection.queue(header.sequence, &MorphCommit { reply, ..m }.into()).is_err() {
                         return;
                     }
                 }

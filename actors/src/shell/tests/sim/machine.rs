@@ -24,6 +24,10 @@ pub(super) enum Trouble {
 
 struct Kernel {
     incarnation: u64,
+    /// The instance it is, or waits for.
+    of: String,
+    /// Its workload was told to serve.
+    serves: Arc<AtomicBool>,
     started: Instant,
     frozen: Option<u64>,
     state: KernelState,
@@ -68,8 +72,10 @@ struct State {
     fumbles: u32,
     /// Fences that stop some CPUs only, still.
     half_fences: u32,
+    /// CPUs that no instance is defined with.
+    spare: u32,
     /// Lives in which something was done to an instance, or that were ended by the supervisor.
-    harmed: BTreeSet<(InstanceId, u64)>,
+    harmed: BTreeSet<(String, u64)>,
     log: Vec<String>,
     /// What must never happen and did. A panic in a call would only end the task that made it.
     broken: Vec<String>,
@@ -87,6 +93,11 @@ pub(super) struct Life {
 
 impl Machine {
     pub(super) fn new(dice: Dice, grouped: bool) -> Arc<Machine> {
+        Machine::with_spare(dice, grouped, 0)
+    }
+
+    /// With so many CPUs that no instance is defined with.
+    pub(super) fn with_spare(dice: Dice, grouped: bool, spare: u32) -> Arc<Machine> {
         Arc::new(Machine(Mutex::new(State {
             dice,
             kernels: BTreeMap::new(),
@@ -97,6 +108,7 @@ impl Machine {
             fenced: watch::Sender::new(None),
             fumbles: 0,
             half_fences: 0,
+            spare,
             harmed: BTreeSet::new(),
             log: vec![],
             broken: vec![],
@@ -149,7 +161,7 @@ impl Machine {
     fn harm(&self, id: InstanceId, what: &str, f: impl FnOnce(&mut Kernel)) {
         self.with(|s| {
             if let Some(k) = s.kernels.get_mut(&id).filter(|k| k.running) {
-                s.harmed.insert((id, k.incarnation));
+                s.harmed.insert((k.of.clone(), k.incarnation));
                 f(k);
                 let text = format!("{id} {what}");
                 s.say(text);
@@ -211,8 +223,25 @@ impl Machine {
     }
 
     /// Whether something was done to this life.
-    pub(super) fn harmed(&self, id: InstanceId, incarnation: u64) -> bool {
-        self.with(|s| s.harmed.contains(&(id, incarnation)))
+    pub(super) fn harmed(&self, of: &str, incarnation: u64) -> bool {
+        self.with(|s| s.harmed.contains(&(of.to_owned(), incarnation)))
+    }
+
+    /// Every kernel there is.
+    pub(super) fn kernels(&self) -> Vec<InstanceId> {
+        self.with(|s| s.kernels.keys().copied().collect())
+    }
+
+    /// Instances of which several kernels that run were told to serve.
+    fn served_twice(&self) {
+        self.with(|s| {
+            let mut serving: BTreeMap<&str, InstanceId> = BTreeMap::new();
+            for (id, k) in s.kernels.iter().filter(|(_, k)| k.running && k.serves.load(Ordering::SeqCst)) {
+                if let Some(other) = serving.insert(&k.of, *id) {
+                    s.broken.push(format!("{} and {other} serve both as {}", id, k.of));
+                }
+            }
+        });
     }
 
     pub(super) fn accuse(&self, text: String) {
@@ -289,7 +318,26 @@ impl Platform for Life {
     }
 
     async fn inventory(&self) -> Result<Inventory, PlatformError> {
-        Ok(Inventory::default())
+        Ok(self.machine.with(|s| {
+            if s.spare == 0 {
+                return Inventory::default();
+            }
+            let owner =
+                |apic_id| s.kernels.iter().find(|(_, k)| k.cpus.contains(&apic_id)).map(|(id, _)| *id);
+            let cpu = |apic_id| CpuInfo {
+                apic_id,
+                number: apic_id,
+                state: if owner(apic_id).is_some() { CpuState::Lent } else { CpuState::Online },
+                owner: owner(apic_id),
+                boot: apic_id == 0,
+            };
+            Inventory {
+                cpus: (0..s.spare).map(cpu).collect(),
+                pool: vec![MemoryRange { base: 1 << 30, size: 600 << 30 }],
+                memory_block: 0,
+                used: s.kernels.iter().map(|(id, k)| (k.region, *id)).collect(),
+            }
+        }))
     }
 
     async fn existing(&self) -> Result<Vec<ExistingInstance>, PlatformError> {
@@ -325,6 +373,8 @@ impl Platform for Life {
             }
             let kernel = Kernel {
                 incarnation: r.incarnation,
+                of: r.spec.name.trim_end_matches("~standby").to_owned(),
+                serves: Arc::default(),
                 started: Instant::now(),
                 frozen: None,
                 state: KernelState::Ready,
@@ -354,7 +404,8 @@ impl Platform for Life {
     async fn fence(&self, id: InstanceId, incarnation: u64) -> Result<FenceReport, PlatformError> {
         self.machine.with(|s| s.fenced.send_replace(Some((id, Instant::now()))));
         self.call(format!("fence {id} {incarnation}")).await?;
-        let grouped = self.machine.with(|s| s.grouped) && id.0 <= 3;
+        let member = |of: &str| ["i1", "i2", "i3"].contains(&of);
+        let grouped = self.machine.with(|s| s.grouped && s.kernels.get(&id).is_some_and(|k| member(&k.of)));
         // Members of a group are stopped for others; everybody else only for what was done to them.
         let guilty = self.with_kernel(id, incarnation, |k| {
             let boot_failed = !k.served.load(Ordering::SeqCst) && (k.pulse_stopped || k.agent_troubled);
@@ -365,7 +416,9 @@ impl Platform for Life {
                 .accuse(format!("{id} is fenced, and its incarnation {incarnation} never looked dead"));
         }
         let half = self.machine.with(|s| {
-            s.harmed.insert((id, incarnation));
+            if let Some(k) = s.kernels.get(&id) {
+                s.harmed.insert((k.of.clone(), incarnation));
+            }
             let half = s.half_fences > 0;
             s.half_fences -= u32::from(half);
             half
@@ -403,6 +456,10 @@ impl Platform for Life {
         })
     }
 
+    async fn release_cpus(&self, _: &[u32]) -> Result<(), PlatformError> {
+        Ok(())
+    }
+
     async fn connect(
         &self,
         id: InstanceId,
@@ -411,7 +468,13 @@ impl Platform for Life {
     ) -> Result<Box<dyn Stream>, PlatformError> {
         let (agent, since) = self.with_kernel(id, incarnation, |k| {
             let (trouble, served, shares) = (k.trouble.subscribe(), k.served.clone(), k.shares.clone());
-            (Agent { id, incarnation, trouble, served, shares }, k.started.elapsed())
+            let (serves, machine) = (k.serves.clone(), self.machine.clone());
+            let told = Box::new(move || {
+                if !serves.swap(true, Ordering::SeqCst) {
+                    machine.served_twice();
+                }
+            });
+            (Agent { id, incarnation, trouble, served, shares, told }, k.started.elapsed())
         })?;
         if *agent.trouble.borrow() == Trouble::Unreachable || since < Duration::from_millis(300) {
             return Err(PlatformError::os("connect", "connection refused"));

@@ -1,6 +1,6 @@
 //! The daemon is killed before and after everything that lasts: each journal write, start, fence and reclaim of a
-//! story in which an instance is started, crashes, is healed and is terminated, and of a morph. The next daemon puts
-//! all in order.
+//! story in which an instance is started, crashes, is healed and is terminated, of a morph, and of a standby. The next
+//! daemon puts all in order.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,7 +11,9 @@
     reason = "a test stops at a surprise, and does not use all of common"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod standby;
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -79,6 +81,7 @@ fn spawn(home: &Home) -> Request {
         boot_timeout_s: None,
         wait: true,
         publish: vec![],
+        handover_bytes: 0,
     })
 }
 
@@ -228,6 +231,8 @@ async fn killed_in_a_morph_at(n: u64) -> bool {
         cmdline: None,
         initramfs: None,
         cpus: vec![],
+        // It lands on half of it, so that there is something to get of the old one.
+        memory_bytes: Some(MEMORY / 2),
         goal: MorphGoal::Commit,
         dry_run: false,
     });
@@ -248,6 +253,7 @@ async fn killed_in_a_morph_at(n: u64) -> bool {
     let when = format!("killed at {last}, told {told:?}");
     if ended.success() {
         assert!((boundaries.lines().count() as u64) < n, "{when}");
+        assert!(boundaries.contains("grow"), "{when}: {boundaries}");
         return false;
     }
     assert_eq!(ended.signal(), Some(9), "{when}");
@@ -260,6 +266,7 @@ async fn killed_in_a_morph_at(n: u64) -> bool {
         // Between the write and its end both are possible.
         assert_eq!(one.id == 511, decided, "{when}: {one:?}");
     }
+    assert_eq!(one.memory_bytes, MEMORY, "{when}: {one:?}");
     assert_eq!(one.release, if one.id == 511 { "kernel-6.12" } else { "kernel-6.6" }, "{when}: {one:?}");
     if one.id == 1 {
         assert_eq!((one.incarnation, home.pid(1)), (1, old), "{when}: the old kernel was disturbed");

@@ -1,0 +1,80 @@
+//! What one piece of a morph's work leaves to the next.
+
+use std::time::Duration;
+
+use kmorph_control::views::{BlackoutView, TransferView};
+use tokio::time::Instant;
+
+use super::lines::{Last, Lines};
+use super::live::Live;
+use crate::store::InstanceRecord;
+
+/// Both records, from before it was decided.
+#[derive(Clone, Debug)]
+pub(super) struct Parted {
+    pub(super) old: InstanceRecord,
+    pub(super) new: InstanceRecord,
+}
+
+/// Everything that is kept from one piece of work to the next. Nothing of it outlives the daemon.
+#[derive(Default)]
+pub(super) struct Hand {
+    /// Connections to both agents. Absent while they are used: what is interrupted leaves none that is half-way
+    /// through a conversation.
+    pub(super) lines: Option<Lines>,
+    pub(super) parted: Option<Parted>,
+    /// The workload stands still since then, and what came after that.
+    still: Option<(Instant, BlackoutView)>,
+    marked: Duration,
+    /// What was copied, for reports.
+    pub(super) transfer: Option<TransferView>,
+    /// The round under way.
+    pub(super) live: Live,
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Hand {
+    /// Nothing yet; rounds of copying are seen in `live`.
+    pub(super) fn new(live: Live) -> Hand {
+        Hand { live, ..Hand::default() }
+    }
+
+    /// Whether there is state that has to be handed over.
+    pub(super) fn has_state(&self) -> bool {
+        self.transfer.is_some()
+    }
+
+    /// The workload is being told to stand still.
+    pub(super) fn begin_blackout(&mut self) {
+        let began_unix_us = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, us);
+        self.still = Some((Instant::now(), BlackoutView { began_unix_us, ..BlackoutView::default() }));
+        self.marked = Duration::ZERO;
+    }
+
+    /// It stands still, and the new kernel has all of its state.
+    pub(super) fn last(&mut self, last: Last) {
+        if let Some((since, b)) = &mut self.still {
+            (b.freeze_us, b.copy_us, b.check_us) = (us(last.froze), us(last.copied), us(last.checked));
+            b.bytes = last.bytes;
+            self.marked = since.elapsed();
+        }
+    }
+
+    /// Time since the mark before this one.
+    pub(super) fn mark(&mut self, set: impl FnOnce(&mut BlackoutView, u64)) {
+        if let Some((since, blackout)) = &mut self.still {
+            let now = since.elapsed();
+            set(blackout, us(now.saturating_sub(self.marked)));
+            blackout.total_us = us(now);
+            self.marked = now;
+        }
+    }
+
+    /// The interruption so far.
+    pub(super) fn blackout(&self) -> Option<BlackoutView> {
+        self.still.as_ref().map(|(_, b)| b.clone())
+    }
+}

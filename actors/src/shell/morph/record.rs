@@ -1,0 +1,228 @@
+//! The commit record, which says which kernel an instance is, and the record that gives it back.
+
+use kmorph_control::views::RecoveryStep;
+use kmorph_platform::Growth;
+use tokio::time::{sleep, timeout};
+use tracing::error;
+
+use super::hand::{Hand, Parted};
+use super::work::{LOOK_AGAIN, Worked, ask, sides};
+use super::{MorphArgs, side};
+use crate::core::morph::{Event, Phase, Saved};
+use crate::core::recovery;
+use crate::core::route::Target;
+use crate::shell::effects::unix_ms;
+use crate::shell::instance::{Instance, InstanceMsg};
+use crate::store::{InstanceRecord, MorphRecord, Role};
+
+/// Have both kernels' actors stand aside: from now on only this morph says which kernel is which.
+pub(super) async fn part(args: &MorphArgs, side: &Instance) -> Result<Parted, String> {
+    let mut parted: Vec<InstanceRecord> = vec![];
+    for instance in [&*args.instance, side] {
+        let answer = ask(instance, InstanceMsg::Part).await;
+        match answer.unwrap_or_else(|| Err(format!("{}: its actor does not answer", instance.name))) {
+            Ok(record) => parted.push(record),
+            Err(why) => {
+                unite(args, side);
+                return Err(why);
+            }
+        }
+    }
+    match <[InstanceRecord; 2]>::try_from(parted) {
+        Ok([old, new]) => Ok(Parted { old, new }),
+        Err(_) => Err("their actors do not answer".into()),
+    }
+}
+
+/// Write the commit record: in one transaction the instance becomes the new kernel, and the other side the old
+/// one, which is to be stopped.
+pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String) {
+    let not = |why: String| (Event::NotRecorded(why), String::new());
+    let side = match sides(args) {
+        Ok(side) => side,
+        Err(why) => return not(why),
+    };
+    let parted = match hand.parted.take() {
+        Some(parted) => parted,
+        None => match part(args, &side).await {
+            Ok(parted) => parted,
+            Err(why) => return not(why),
+        },
+    };
+    let Parted { old, new } = &parted;
+    let Some(morph) = old.morph.clone() else {
+        unite(args, &side);
+        return not("nothing is remembered of it".into());
+    };
+    let detail = format!("commit record: kernel {} takes over from {}", new.release, old.release);
+    let step = step(&morph, &old.spec.name, new.incarnation, Phase::Committing, detail);
+    let (committed, retired) = exchanged(args, old, new, morph);
+    let env = &args.env;
+    let records = [committed.clone(), retired.clone()];
+    let decide = env.store.decide(&records, std::slice::from_ref(&step));
+    match timeout(env.config.store_limit, decide).await {
+        Ok(Ok(())) => {
+            hand.mark(|b, took| b.record_us = took);
+            exchange(args, hand, &side, committed, retired);
+            hand.parted = Some(parted);
+            (Event::Recorded, String::new())
+        }
+        Ok(Err(error)) => {
+            unite(args, &side);
+            not(error.to_string())
+        }
+        Err(_) => {
+            hand.parted = Some(parted);
+            (Event::RecordUnknown, String::new())
+        }
+    }
+}
+
+fn step(morph: &MorphRecord, instance: &str, incarnation: u64, phase: Phase, detail: String) -> RecoveryStep {
+    RecoveryStep {
+        incident: morph.number,
+        instance: instance.to_owned(),
+        incarnation,
+        at_unix_ms: unix_ms(),
+        offset_us: 0,
+        phase: phase.name().into(),
+        detail,
+        recovered: None,
+    }
+}
+
+/// From now on each is what the other was. New clients go to the new kernel at once, unless it has to take over state
+/// first.
+fn exchange(
+    args: &MorphArgs,
+    hand: &Hand,
+    side: &Instance,
+    committed: InstanceRecord,
+    retired: InstanceRecord,
+) {
+    let target = Target { id: committed.spec.id, incarnation: committed.incarnation };
+    args.instance.become_record(committed);
+    side.become_record(retired);
+    args.env.topology.changed();
+    if !hand.has_state() {
+        args.env.switch.redirect(&args.instance.name, target);
+    }
+}
+
+/// Both records after the commit.
+fn exchanged(
+    args: &MorphArgs,
+    old: &InstanceRecord,
+    new: &InstanceRecord,
+    mut morph: MorphRecord,
+) -> (InstanceRecord, InstanceRecord) {
+    morph.saved.phase = Phase::Committing;
+    let serves = recovery::Saved { phase: recovery::Phase::Monitoring, held: true, ..Default::default() };
+    let stops = recovery::Saved {
+        phase: recovery::Phase::PreparingRecovery,
+        goal: recovery::Goal::Stop,
+        held: true,
+        ..Default::default()
+    };
+    let mut committed = InstanceRecord {
+        policy: old.policy,
+        overrides: old.overrides.clone(),
+        maintenance: old.maintenance,
+        recoveries: old.recoveries,
+        role: Role::Own,
+        saved: serves,
+        morph: Some(morph),
+        publish: old.publish.clone(),
+        handover: old.handover,
+        reason: "the new kernel took over".into(),
+        ..new.clone()
+    };
+    committed.spec.name.clone_from(&old.spec.name);
+    // That is what the instance is made of; what of it is not there yet it gets when the old kernel is stopped.
+    committed.spec.cpus.extend(&new.growth.cpus);
+    committed.spec.memory_bytes += new.growth.memory_bytes;
+    let (overrides, policy) = side::policy(&args.env, old);
+    let mut retired = InstanceRecord {
+        policy,
+        overrides,
+        role: Role::Side(old.spec.name.clone()),
+        saved: stops,
+        morph: None,
+        publish: vec![],
+        growth: Growth::default(),
+        handover: None,
+        incident: 0,
+        reason: "a new kernel took over".into(),
+        ..old.clone()
+    };
+    retired.spec.name.clone_from(&new.spec.name);
+    (committed, retired)
+}
+
+/// Both go on as what they are now.
+pub(super) fn unite(args: &MorphArgs, side: &Instance) {
+    for instance in [&*args.instance, side] {
+        instance.link.send(InstanceMsg::Unite);
+    }
+}
+
+/// Whether the commit record is in the journal.
+pub(super) async fn look_up(args: &MorphArgs, hand: &mut Hand) -> (Event, String) {
+    loop {
+        match side::recall(&args.env, &args.instance.name).await {
+            Ok(record) => {
+                let decided = record.morph.as_ref().is_some_and(|m| m.saved.phase == Phase::Committing);
+                let Ok(side) = sides(args) else {
+                    return (Event::NotRecorded("the new kernel is gone".into()), String::new());
+                };
+                if !decided {
+                    unite(args, &side);
+                    return (Event::NotRecorded("the journal did not take it".into()), String::new());
+                }
+                if let Ok(retired) = side::recall(&args.env, &side.name).await {
+                    exchange(args, hand, &side, record, retired);
+                    return (Event::Recorded, String::new());
+                }
+            }
+            Err(error) => {
+                error!(instance = %args.instance.name, %error, "whether the morph is committed is not known yet")
+            }
+        }
+        sleep(LOOK_AGAIN * 25).await;
+    }
+}
+
+/// The instance is the old kernel again, which still has all of its state: the new one was stopped before it served
+/// anybody.
+pub(super) async fn give_back(args: &MorphArgs, hand: &mut Hand) -> Worked {
+    let Some(Parted { mut old, new }) = hand.parted.take() else {
+        return Err("nobody remembers what the old kernel was".into());
+    };
+    let side = sides(args)?;
+    let Some(morph) = &mut old.morph else { return Err("nothing is remembered of it".into()) };
+    morph.saved = Saved { phase: Phase::RollingBack, ..saved(args) };
+    let detail = format!("the instance is given back to kernel {}", old.release);
+    let step = step(morph, &old.spec.name, old.incarnation, Phase::RollingBack, detail);
+    let env = &args.env;
+    let records = [old.clone(), new.clone()];
+    loop {
+        let decide = env.store.decide(&records, std::slice::from_ref(&step));
+        match timeout(env.config.store_limit, decide).await {
+            Ok(Ok(())) => break,
+            // There is nothing else that could be done: one kernel is stopped, the other stands still.
+            Ok(Err(error)) => error!(instance = %args.instance.name, %error, "it cannot be given back yet"),
+            Err(_) => {
+                error!(instance = %args.instance.name, "it cannot be given back yet: the store is slow")
+            }
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+    args.instance.become_record(old);
+    side.become_record(new);
+    args.env.topology.changed();
+    Ok((Event::Returned, String::new()))
+}
+
+fn saved(args: &MorphArgs) -> Saved {
+    args.instance.record().morph.as_ref().map(|m| m.saved.clone()).unwrap_or_default()
+}

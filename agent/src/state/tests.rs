@@ -1,0 +1,383 @@
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kmorph_state::hook::{self, Workload};
+use kmorph_state::memory::Memory;
+use kmorph_state::service::{App, Service};
+use kmorph_state::session::{Greeting, HEAD, Head, Welcome};
+use kmorph_state::wire::State;
+use kmp::io::Connection;
+use kmp::message::{
+    Hello, Message, MorphCommit, MorphNegotiate, MorphRollback, MorphTransferState, MorphValidate, Reply,
+    Role, Section,
+};
+use kmp::session::Event;
+use tokio::io::DuplexStream;
+
+use super::hook::introduce;
+use super::{Broker, Over, is_morph, serve};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Counts what it is sent: a byte is added to the cell it names, which is the answer.
+struct Cells;
+
+impl App for Cells {
+    fn layout(&self) -> (&'static str, u32) {
+        ("test,cells", 2)
+    }
+
+    fn take(&mut self, memory: &mut Memory, input: &[u8], answers: &mut Vec<u8>) -> Result<usize, String> {
+        let [cell, ..] = input else { return Ok(0) };
+        let cell = memory.change(usize::from(*cell) * 9000, 1).ok_or("no such cell")?;
+        cell[0] = cell[0].wrapping_add(1);
+        answers.push(cell[0]);
+        Ok(1)
+    }
+}
+
+type Cell = Arc<Service<Cells>>;
+
+/// A kernel with one workload, and the daemon's connection to its agent.
+struct Kernel {
+    service: Cell,
+    broker: Arc<Broker>,
+    daemon: Connection<DuplexStream>,
+}
+
+fn hello(role: Role) -> Hello {
+    Hello { instance: 1, incarnation: 1, role, ..Hello::default() }
+}
+
+async fn daemon(broker: &Arc<Broker>) -> Connection<DuplexStream> {
+    let (ours, theirs) = tokio::io::duplex(1 << 16);
+    let broker = broker.clone();
+    tokio::spawn(async move {
+        let opened = Connection::accept(theirs, hello(Role::Control), || 1, PATIENCE).await;
+        let mut c = opened.unwrap().0;
+        while let Event::Message { header, message } = c.next().await {
+            assert!(is_morph(&message));
+            if let Err(Over(_)) = serve(&broker, &mut c, header.sequence, message).await {
+                return;
+            }
+        }
+    });
+    Connection::connect(ours, hello(Role::Bulk), || 1, PATIENCE).await.unwrap().0
+}
+
+/// Connect a workload to the agent.
+async fn hooked(broker: &Arc<Broker>, service: &Cell) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let service = service.clone();
+    std::thread::spawn(move || hook::serve(&*service, &ours, "test"));
+    theirs.set_nonblocking(true).unwrap();
+    let theirs = tokio::net::UnixStream::from_std(theirs).unwrap();
+    let introduced = introduce(theirs).await.unwrap();
+    broker.enter(introduced.hook());
+    tokio::spawn(introduced.run());
+}
+
+async fn kernel() -> Kernel {
+    let broker = Arc::<Broker>::default();
+    let service = Arc::new(Service::new("cells", Cells, 2_000_000));
+    hooked(&broker, &service).await;
+    let daemon = daemon(&broker).await;
+    Kernel { service, broker, daemon }
+}
+
+impl Kernel {
+    async fn is(&self, state: State) {
+        let all = async {
+            while self.broker.hooks().iter().any(|h| h.state() != state) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, all).await.unwrap();
+    }
+
+    async fn message(&mut self) -> Message {
+        match tokio::time::timeout(PATIENCE, self.daemon.next()).await.unwrap() {
+            Event::Message { message, .. } => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn ask(&mut self, message: impl Into<Message>) -> Message {
+        self.daemon.queue(1, &message.into()).unwrap();
+        self.message().await
+    }
+
+    /// Everything sent in a round.
+    async fn export(
+        &mut self,
+        round: u32,
+        freeze: bool,
+    ) -> (Vec<MorphTransferState>, Reply, Option<MorphValidate>) {
+        let request = MorphTransferState { morph: 7, round, freeze, ..Default::default() };
+        self.daemon.queue(1, &request.into()).unwrap();
+        let mut pieces = vec![];
+        loop {
+            let Message::MorphTransferState(m) = self.message().await else { panic!("not a piece") };
+            if !m.last {
+                pieces.push(m);
+                continue;
+            }
+            let end = m.reply.unwrap();
+            let digests = match (freeze, end.ok) {
+                (true, true) => match self.message().await {
+                    Message::MorphValidate(v) => Some(v),
+                    other => panic!("{other:?}"),
+                },
+                _ => None,
+            };
+            return (pieces, end, digests);
+        }
+    }
+
+    async fn import(&mut self, round: u32, pieces: Vec<MorphTransferState>) -> Reply {
+        for piece in pieces {
+            self.daemon.queue(0, &piece.into()).unwrap();
+        }
+        let end = MorphTransferState { morph: 7, round, last: true, ..Default::default() };
+        match self.ask(end).await {
+            Message::MorphTransferState(m) => m.reply.unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn negotiate(&mut self, sections: Vec<Section>) -> (Vec<Section>, Reply) {
+        match self.ask(MorphNegotiate { morph: 7, sections, ..Default::default() }).await {
+            Message::MorphNegotiate(m) => (m.sections, m.reply.unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn commit(&mut self, serves: bool) -> Reply {
+        match self.ask(MorphCommit { morph: 7, serves, reply: None }).await {
+            Message::MorphCommit(m) => m.reply.unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn roll_back(&mut self, serves: bool) -> Reply {
+        match self.ask(MorphRollback { morph: 7, serves, ..Default::default() }).await {
+            Message::MorphRollback(m) => m.reply.unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// The switch's end of a session.
+struct Client {
+    stream: UnixStream,
+    id: u64,
+    sent: u64,
+    have: u64,
+}
+
+impl Client {
+    fn join(service: &Cell, id: u64, resume: bool) -> UnixStream {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+        let service = service.clone();
+        std::thread::spawn(move || service.serve(&theirs, &theirs));
+        ours.write_all(Greeting { id, resume }.to_string().as_bytes()).unwrap();
+        ours
+    }
+
+    fn welcome(stream: &mut UnixStream) -> Welcome {
+        let (mut line, mut byte) = (String::new(), [0]);
+        while byte[0] != b'\n' {
+            stream.read_exact(&mut byte).unwrap();
+            line.push(char::from(byte[0]));
+        }
+        Welcome::parse(&line).unwrap()
+    }
+
+    fn new(service: &Cell, id: u64) -> Client {
+        let mut stream = Client::join(service, id, false);
+        assert_eq!(Client::welcome(&mut stream), Welcome::Ok { consumed: 0, from: 0 });
+        Client { stream, id, sent: 0, have: 0 }
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        let head = Head { length: bytes.len(), end: false, confirmed: self.have };
+        self.stream.write_all(&head.encode()).unwrap();
+        self.stream.write_all(bytes).unwrap();
+        self.sent += bytes.len() as u64;
+    }
+
+    fn receive(&mut self) -> (Head, Vec<u8>) {
+        let mut head = [0; HEAD];
+        self.stream.read_exact(&mut head).unwrap();
+        let head = Head::decode(head).unwrap();
+        let mut bytes = vec![0; head.length];
+        self.stream.read_exact(&mut bytes).unwrap();
+        self.have += head.length as u64;
+        (head, bytes)
+    }
+
+    fn ask(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.send(bytes);
+        let mut all = vec![];
+        while all.len() < bytes.len() {
+            all.extend(self.receive().1);
+        }
+        all
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(f).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_and_clients_go_to_the_new_kernel_at_the_commit_and_not_before() {
+    let (mut old, mut new) = (kernel().await, kernel().await);
+    // Nobody serves before the daemon says who.
+    old.is(State::New).await;
+    old.broker.serves();
+    old.is(State::Active).await;
+    let service = old.service.clone();
+    let mut client = blocking(move || {
+        let mut client = Client::new(&service, 0xabc);
+        assert_eq!(client.ask(&[1, 2, 1, 1]), [1, 1, 2, 3]);
+        client
+    })
+    .await;
+
+    let (offered, reply) = old.negotiate(vec![]).await;
+    let names: BTreeMap<&str, (&str, u32)> =
+        offered.iter().map(|s| (s.name.as_str(), (s.compatible.as_str(), s.version))).collect();
+    assert_eq!(names["cells/memory"], ("test,cells", 2));
+    assert_eq!((names.len(), reply.ok), (2, true));
+    assert!(new.negotiate(offered).await.1.ok);
+
+    let (pieces, reply, _) = old.export(0, false).await;
+    let length: usize = pieces.iter().filter(|p| p.section == 0).map(|p| p.data.0.len()).sum();
+    assert!(reply.ok && length == 2 * (4096 + 8), "two cells: {length}");
+    assert!(new.import(0, pieces).await.ok);
+    client = blocking(move || {
+        assert_eq!(client.ask(&[200]), [1]);
+        client
+    })
+    .await;
+    let (pieces, ..) = old.export(1, false).await;
+    let length: usize = pieces.iter().filter(|p| p.section == 0).map(|p| p.data.0.len()).sum();
+    assert_eq!(length, 4096 + 8, "only what changed");
+    assert!(new.import(1, pieces).await.ok);
+
+    // A request that was sent and not taken when the old one froze is taken by the new one.
+    let (pieces, reply, digests) = old.export(2, true).await;
+    assert!(reply.ok);
+    old.is(State::Frozen).await;
+    client.send(&[1]);
+    assert!(new.import(2, pieces).await.ok);
+    let digests = digests.unwrap();
+    let Message::MorphValidate(MorphValidate { reply: Some(reply), .. }) = new.ask(digests.clone()).await
+    else {
+        panic!("no verdict")
+    };
+    assert!(reply.ok, "{reply:?}");
+    let mut wrong = digests;
+    wrong.digests[0].digest = vec![1, 2, 3].into();
+    let Message::MorphValidate(MorphValidate { reply: Some(reply), .. }) = new.ask(wrong).await else {
+        panic!("no verdict")
+    };
+    assert!(!reply.ok && reply.detail.contains("cells/memory differs"), "{reply:?}");
+
+    // The connection that waits at the new one before the commit is answered after it.
+    let (service, parked) = (new.service.clone(), client.id);
+    let mut parked = blocking(move || Client::join(&service, parked, true)).await;
+    assert!(new.commit(true).await.ok && old.commit(false).await.ok);
+    new.is(State::Active).await;
+    old.is(State::Retired).await;
+    blocking(move || {
+        assert_eq!(Client::welcome(&mut parked), Welcome::Ok { consumed: 5, from: 4 });
+        // What it sends again has the client already.
+        client.stream = parked;
+        client.have = 4;
+        assert_eq!(client.receive().1, [1]);
+        assert_eq!(client.ask(&[1, 200]), [4, 2]);
+    })
+    .await;
+    // Said again it changes nothing.
+    assert!(new.commit(true).await.ok && old.commit(false).await.ok);
+    let again = old.roll_back(true).await;
+    assert!(again.ok, "a workload that retired is not thawed: {again:?}");
+    assert_eq!(old.service.state(), State::Retired);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolled_back_morph_changes_nothing_for_the_clients_of_the_old_kernel() {
+    let (mut old, mut new) = (kernel().await, kernel().await);
+    old.broker.serves();
+    old.is(State::Active).await;
+    let service = old.service.clone();
+    let mut client = blocking(move || {
+        let mut client = Client::new(&service, 1);
+        client.ask(&[3]);
+        client
+    })
+    .await;
+    let (offered, _) = old.negotiate(vec![]).await;
+    assert!(new.negotiate(offered).await.1.ok);
+    let (pieces, reply, _) = old.export(0, true).await;
+    assert!(reply.ok && new.import(0, pieces).await.ok);
+    client.send(&[3, 3]);
+    // The agent is started anew: the workload stays frozen, and says so.
+    hooked(&old.broker, &old.service).await;
+    old.is(State::Frozen).await;
+    old.daemon = daemon(&old.broker).await;
+    assert!(old.roll_back(true).await.ok && new.roll_back(false).await.ok);
+    old.is(State::Active).await;
+    blocking(move || {
+        let mut answers = vec![];
+        while answers.len() < 2 {
+            answers.extend(client.receive().1);
+        }
+        assert_eq!(answers, [2, 3]);
+        assert_eq!(client.ask(&[3]), [4]);
+    })
+    .await;
+    new.is(State::New).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_refused_in_words() {
+    let (mut old, mut new) = (kernel().await, kernel().await);
+    // It offers nothing before it serves.
+    assert!(old.negotiate(vec![]).await.0.is_empty());
+    old.broker.serves();
+    old.is(State::Active).await;
+    let (offered, _) = old.negotiate(vec![]).await;
+    for (change, want) in [
+        (Section { name: "other/memory".into(), ..offered[0].clone() }, "no workload other has come"),
+        (Section { name: "cells/heap".into(), ..offered[0].clone() }, "takes no section heap"),
+        (Section { compatible: "else".into(), ..offered[0].clone() }, "takes no section memory (else)"),
+        (Section { version: 3, ..offered[0].clone() }, "up to version 2, and is offered version 3"),
+        (Section { name: "cells".into(), ..offered[0].clone() }, "has no workload"),
+    ] {
+        let (_, reply) = new.negotiate(vec![change]).await;
+        assert!(!reply.ok && reply.detail.contains(want), "{reply:?}");
+    }
+    let (_, reply) = old.negotiate(offered.clone()).await;
+    assert!(!reply.ok && reply.detail.contains("is active and takes no state"), "{reply:?}");
+    // Rounds of a morph nobody agreed on.
+    let (_, reply, _) = new.export(0, false).await;
+    assert!(!reply.ok && reply.detail.contains("was not negotiated"), "{reply:?}");
+    assert!(new.negotiate(offered).await.1.ok);
+    for (piece, want) in [
+        (MorphTransferState::default(), "is not pages with their places"),
+        (MorphTransferState { section: 9, ..Default::default() }, "section 9 of 2"),
+    ] {
+        let piece = MorphTransferState { morph: 7, data: vec![1; 5000].into(), ..piece };
+        let reply = new.import(0, vec![piece]).await;
+        assert!(!reply.ok && reply.detail.contains(want), "{reply:?}");
+    }
+    let reply = new.import(0, vec![]).await;
+    assert!(reply.ok, "what went wrong is said once: {reply:?}");
+}
