@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use nix::unistd::{Pid, getpid, setsid};
@@ -29,7 +30,8 @@ pub fn start(program: &[String], pid: i32) -> Result<Child, String> {
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let check = move || {
             if getpid().as_raw() != pid {
-                return Err(io::ErrorKind::AddrInUse.into());
+                // Only a number of the system comes through to the parent.
+                return Err(Errno::EADDRINUSE.into());
             }
             setsid().map(drop).map_err(io::Error::from)
         };
@@ -76,7 +78,7 @@ pub fn signal(pid: i32, signal: Signal) -> Result<(), String> {
     for one in tree(pid) {
         match kill(Pid::from_raw(one), signal) {
             // It has ended.
-            Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+            Ok(()) | Err(Errno::ESRCH) => {}
             Err(e) => return Err(format!("{signal} to process {one}: {e}")),
         }
     }
@@ -105,4 +107,30 @@ pub fn files(pid: i32) -> Result<BTreeSet<PathBuf>, String> {
 fn in_memory(path: &Path) -> Result<bool, String> {
     let system = statfs(path).map_err(|e| format!("{}: {e}", path.display()))?.filesystem_type();
     Ok(system == TMPFS_MAGIC || system == RAMFS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_gets_its_id_or_it_is_said_that_another_has_it() {
+        let program = ["sleep".to_owned(), "60".to_owned()];
+        // Below the smallest `pid_max` that is usual, 32768.
+        let free = |pid: &i32| !Path::new(&format!("/proc/{pid}")).exists();
+        let pid = (20_000..30_000).rev().find(free).unwrap();
+        let started = start(&program, pid);
+        if !nix::unistd::geteuid().is_root() {
+            assert!(started.as_ref().is_err_and(|why| why.contains(LAST_PID)), "{started:?}");
+            return;
+        }
+        let mut child = started.unwrap();
+        let again = start(&program, pid).map(|mut other| other.kill());
+        let ran = (child.id(), lives(pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(ran, (pid as u32, true));
+        assert_eq!(again.unwrap_err(), format!("process id {pid} is taken"));
+        assert!(!lives(pid));
+    }
 }
