@@ -93,9 +93,21 @@ pub fn run(ready: Option<OwnedFd>, cmdline: &Cmdline, link: Link) -> i32 {
         ..Hello::default()
     };
     let sampler = Sampler::new(Path::new(stage1::PROC), Path::new("/.kmorph/probe"));
+    go_first();
     let figures = Figures::Measured(Box::new(Mutex::new(Gauges { sampler, last: None })));
     let server = Arc::new(Server { identity, figures, link, broker: Arc::default(), news: News::default() });
     on_a_runtime(listen_on_vsock(server, ready))
+}
+
+/// Be scheduled before the workload: a kernel that is busy still answers in time, and while a workload stands still
+/// nothing else should run first.
+fn go_first() {
+    if let Err(error) = rustix::process::setpriority_process(None, -20) {
+        kmsg::log(
+            kmsg::ERROR,
+            &format!("the priority cannot be raised: heartbeats of a busy kernel may be late: {error}"),
+        );
+    }
 }
 
 /// Run a server's future on one thread.

@@ -76,7 +76,12 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
             let window = if token != 0 { broker.read_window(m.morph, m.window).await } else { 0 };
             MorphNegotiate { token, window, ..m }.into()
         }
-        Message::MorphTransferState(m) if m.last => broker.imported(m).await.into(),
+        Message::MorphTransferState(m) if m.last => {
+            let (end, digests) = broker.imported(m).await;
+            let digests = digests.map(Message::from);
+            let said = std::iter::once(end.into()).chain(digests).try_for_each(|m| c.queue(sequence, &m));
+            return said.map_err(|e| Over(e.to_string()));
+        }
         Message::MorphTransferState(m) if m.data.0.is_empty() => return export(broker, c, sequence, m).await,
         Message::MorphTransferState(m) => {
             broker.piece(m.morph, m.section, m.offset, m.data.0).await;
@@ -436,49 +441,42 @@ impl Broker {
         self.lock().failed.get_or_insert(why);
     }
 
-    /// The end of a round: every workload has put what it got in place.
-    async fn imported(&self, m: MorphTransferState) -> MorphTransferState {
+    /// The end of a round: every workload has put what it got in place. When the other kernel's workloads stand still,
+    /// what everything has come to.
+    async fn imported(&self, m: MorphTransferState) -> (MorphTransferState, Option<MorphValidate>) {
         let arrived = if m.direct { self.arrives(m.round).await } else { Ok(()) };
         let failed = self.lock().failed.take().or(arrived.err());
         let done = async {
             if let Some(why) = failed {
                 return Err(why);
             }
+            let plan = self.plan(m.morph)?;
             let mut asked = vec![];
-            for (hook, section) in self.plan(m.morph)?.sections {
-                asked.push(hook.say(Order::Imported { section }).await?);
+            for (hook, section) in &plan.sections {
+                asked.push(hook.say(Order::Imported { section: section.clone() }).await?);
             }
-            all(asked).await.map(|()| String::new())
+            // Said along with that: a workload does both before it is waited for.
+            let digests = if m.freeze { ask_digests(&plan).await? } else { vec![] };
+            all(asked).await?;
+            all_digests(digests).await
         };
-        let reply = reply(done.await);
-        MorphTransferState { reply, ..m }
+        let (digests, done) = match done.await {
+            Ok(digests) => (digests, Ok(String::new())),
+            Err(why) => (vec![], Err(why)),
+        };
+        let digests =
+            (m.freeze && done.is_ok()).then(|| MorphValidate { morph: m.morph, digests, reply: None });
+        (MorphTransferState { reply: reply(done), ..m }, digests)
     }
 
-    /// Compare what the other side has with what is here; or say what is here.
+    /// Say what everything here has come to.
     async fn validate(&self, m: MorphValidate) -> MorphValidate {
-        let own = async {
-            let plan = self.plan(m.morph)?;
-            Ok((all_digests(ask_digests(&plan).await?).await?, plan))
+        let own = async { all_digests(ask_digests(&self.plan(m.morph)?).await?).await };
+        let (digests, done) = match own.await {
+            Ok(digests) => (digests, Ok(String::new())),
+            Err(why) => (vec![], Err(why)),
         };
-        let own = own.await;
-        if m.digests.is_empty() {
-            let (digests, why) = own.map_or_else(|why| (vec![], Err(why)), |(d, _)| (d, Ok(String::new())));
-            return MorphValidate { digests, reply: reply(why), ..m };
-        }
-        let compare = || {
-            let (own, plan) = own?;
-            if m.digests.len() != own.len() {
-                return Err(format!("{} digests of {} sections", m.digests.len(), own.len()));
-            }
-            for ((sent, own), (hook, name)) in m.digests.iter().zip(&own).zip(&plan.sections) {
-                if sent != own {
-                    return Err(format!("section {}/{name} differs from what was sent", hook.name));
-                }
-            }
-            Ok(String::new())
-        };
-        let reply = reply(compare());
-        MorphValidate { reply, ..m }
+        MorphValidate { digests, reply: reply(done), ..m }
     }
 
     /// Have everybody stand still whose state goes.

@@ -276,18 +276,13 @@ async fn memory_and_clients_go_to_the_new_kernel_at_the_commit_and_not_before() 
     old.is(State::Frozen).await;
     client.send(&[1]);
     assert!(new.import(2, pieces).await.ok);
-    let digests = digests.unwrap();
-    let Message::MorphValidate(MorphValidate { reply: Some(reply), .. }) = new.ask(digests.clone()).await
+    let ask = MorphValidate { morph: 7, ..Default::default() };
+    let Message::MorphValidate(MorphValidate { reply: Some(reply), digests: came, .. }) = new.ask(ask).await
     else {
-        panic!("no verdict")
+        panic!("no digests")
     };
     assert!(reply.ok, "{reply:?}");
-    let mut wrong = digests;
-    wrong.digests[0].digest = vec![1, 2, 3].into();
-    let Message::MorphValidate(MorphValidate { reply: Some(reply), .. }) = new.ask(wrong).await else {
-        panic!("no verdict")
-    };
-    assert!(!reply.ok && reply.detail.contains("cells/memory differs"), "{reply:?}");
+    assert_eq!((came.len(), came), (2, digests.unwrap().digests));
 
     // The connection that waits at the new one before the commit is answered after it.
     let (service, parked) = (new.service.clone(), client.id);

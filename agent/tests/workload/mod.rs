@@ -285,10 +285,34 @@ impl Kernel {
         }
     }
 
-    pub async fn validate(&mut self, digests: Vec<SectionDigest>) -> Reply {
-        self.say(MorphValidate { morph: MORPH, digests, reply: None });
+    /// The last round: what everything has come to.
+    pub async fn import_last(&mut self, round: u32, pieces: Vec<MorphTransferState>) -> Vec<SectionDigest> {
+        for piece in pieces {
+            self.say(piece);
+        }
+        self.ends(round, false).await
+    }
+
+    /// All of the last round has been sent directly, or will be: what everything has come to.
+    pub async fn taken_last(&mut self, round: u32) -> Vec<SectionDigest> {
+        self.ends(round, true).await
+    }
+
+    async fn ends(&mut self, round: u32, direct: bool) -> Vec<SectionDigest> {
+        let (last, freeze) = (true, true);
+        self.say(MorphTransferState { morph: MORPH, round, last, direct, freeze, ..Default::default() });
         match self.message().await {
-            Message::MorphValidate(m) => m.reply.unwrap(),
+            Message::MorphTransferState(MorphTransferState { reply: Some(r), .. }) if r.ok => {}
+            other => panic!("{other:?}"),
+        }
+        self.digests().await
+    }
+
+    /// What everything has come to.
+    pub async fn validate(&mut self) -> MorphValidate {
+        self.say(MorphValidate { morph: MORPH, ..Default::default() });
+        match self.message().await {
+            Message::MorphValidate(m) => m,
             other => panic!("{other:?}"),
         }
     }

@@ -83,7 +83,8 @@ pub struct MorphTransferState {
     pub data: Blob,
     /// Nothing more comes in this round.
     pub last: bool,
-    /// In a request: have the workload stand still first. The answer is followed by MORPH_VALIDATE with the digests.
+    /// In a request to who sends: have the workload stand still first. To who takes, in the end of a round: it does so. Both
+    /// answers are followed by MORPH_VALIDATE with the digests.
     #[serde(skip_serializing_if = "is_zero")]
     pub freeze: bool,
     /// In a request: have the workload change its state at no more than the rest of its pace, in percent, from now
@@ -132,7 +133,7 @@ pub struct SectionDigest {
     pub digest: Blob,
 }
 
-/// What the sender sent, for the receiver to compare with what it has. Without digests it asks for them.
+/// What all sections have come to: on both sides the same, or something went wrong. Without digests it asks for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MorphValidate {

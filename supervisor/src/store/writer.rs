@@ -86,8 +86,10 @@ impl Writer {
                     }
                     Ask::Decide(writes, reply) => {
                         self.settle(&mut waiting);
+                        let decided = self.decide(&writes);
                         // Who asked may have given up waiting: he looks it up.
-                        let _ = reply.send(self.decide(&writes));
+                        let _ = reply.send(decided);
+                        self.sync_again();
                     }
                     Ask::Retry(reply) => {
                         self.settle(&mut waiting);
@@ -161,10 +163,14 @@ impl Writer {
             writes.iter().try_for_each(|write| apply(&tx, write))?;
             tx.commit()
         });
+        written.map_err(|e| failed(e.to_string()))
+    }
+
+    /// What is written from now on is on the disk when its writers are answered.
+    fn sync_again(&mut self) {
         if let Err(error) = self.db.pragma_update(None, "synchronous", "FULL") {
             error!(%error, "steps may reach the disk late");
         }
-        written.map_err(|e| failed(e.to_string()))
     }
 
     fn retry(&mut self) {

@@ -1,13 +1,14 @@
 //! The connections a morph's state goes over: one to the agent of each kernel. What the old one gives is passed on to
 //! the new one as it comes.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kmorph_platform::Stream;
 use kmp::io::Connection;
 use kmp::message::{
     DIRECT, ErrorCode, Hello, Message, MorphCommit, MorphNegotiate, MorphPrepare, MorphRollback,
-    MorphTransferState, MorphValidate, Reply, Role, Section,
+    MorphTransferState, MorphValidate, Reply, Role, Section, SectionDigest,
 };
 use kmp::session::Event;
 use tokio::time::{Instant, timeout};
@@ -85,6 +86,28 @@ impl Line {
         self.sequence = self.sequence.wrapping_add(1).max(1);
         let (sequence, queued) = (self.sequence, self.connection.queue(self.sequence, message));
         queued.map(|()| sequence).map_err(|e| self.lost(e))
+    }
+
+    /// Write what waits.
+    async fn flush(&mut self) -> Result<(), Trouble> {
+        let flushed = self.connection.flush();
+        let flushed = match self.silence {
+            Some(limit) => timeout(limit, flushed).await,
+            None => Ok(flushed.await),
+        };
+        match flushed {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(e)) => Err(self.lost(e)),
+            Err(_) => Err(self.lost("it takes nothing more")),
+        }
+    }
+
+    /// What its sections have come to.
+    async fn digests(&mut self, request: u32) -> Result<Vec<SectionDigest>, Trouble> {
+        match self.next(request).await? {
+            Message::MorphValidate(m) => Ok(m.digests),
+            other => Err(self.out_of_place(&other)),
+        }
     }
 
     /// The next message about this request.
@@ -218,6 +241,8 @@ pub(super) struct Lines {
     throttled: bool,
     /// The new side takes state from the old one directly when that says this. 0: it does not.
     token: u64,
+    /// The round before this one went from kernel to kernel.
+    direct: bool,
     /// Key of the memory pieces are put into; 0: none.
     window: u64,
     live: Live,
@@ -245,9 +270,16 @@ impl Lines {
             rounds: 0,
             throttled: false,
             token: 0,
+            direct: false,
             window: 0,
             live,
         })
+    }
+
+    /// How many workloads hand something over.
+    pub(super) fn workloads(&self) -> usize {
+        let names = self.sections.iter().filter_map(|s| s.name.split('/').next());
+        names.collect::<BTreeSet<_>>().len()
     }
 
     /// Ask the old kernel what it has.
@@ -278,7 +310,7 @@ impl Lines {
         }
         let request = self.ask_for(round, false, throttle)?;
         let seen = self.live.begin();
-        let mut copied = self.pass_on(request, &seen).await?;
+        let mut copied = self.pass_on(request, &seen, false).await?;
         self.placed(round, copied.direct).await?;
         if copied.throttled == 0 && copied.unheld.is_empty() {
             copied.unheld = format!("{}: its agent is of an earlier release", self.old.name);
@@ -315,22 +347,40 @@ impl Lines {
         let began = Instant::now();
         let request = self.ask_for(round, true, None)?;
         let seen = self.live.begin();
-        let Copied { bytes, froze, direct, .. } = self.pass_on(request, &seen).await?;
-        // The new side puts the pieces in place while the old one makes its digests.
-        let placed = self.end_of(round, direct)?;
-        let digests = match self.old.next(request).await? {
-            Message::MorphValidate(MorphValidate { digests, .. }) => digests,
-            other => return Err(self.old.out_of_place(&other)),
+        // What goes from kernel to kernel is put in place as it comes, without another word from here.
+        let asked = match self.direct {
+            true => {
+                self.old.flush().await?;
+                let asked = self.end_of(round, true, true)?;
+                self.new.flush().await?;
+                Some(asked)
+            }
+            false => None,
         };
-        let check = self.new.send(&MorphValidate { morph: self.morph, digests, reply: None }.into())?;
-        self.see_placed(placed).await?;
+        let Copied { bytes, froze, direct, .. } = self.pass_on(request, &seen, asked.is_some()).await?;
+        let asked = match asked {
+            Some(_) if !direct => return Err(self.old.lost("its connection to the new kernel is lost")),
+            Some(asked) => asked,
+            None => self.end_of(round, direct, true)?,
+        };
+        let sent = self.old.digests(request).await?;
+        self.see_placed(asked).await?;
         let copied = began.elapsed().saturating_sub(froze);
-        match self.new.next(check).await? {
-            Message::MorphValidate(m) => self.new.judge(m.reply)?,
-            other => return Err(self.new.out_of_place(&other)),
-        }
+        let came = self.new.digests(asked).await?;
+        self.compare(&sent, &came)?;
         let checked = began.elapsed().saturating_sub(froze + copied);
         Ok(Last { bytes, froze, copied, checked })
+    }
+
+    /// Whether everything arrived as it was sent.
+    fn compare(&self, sent: &[SectionDigest], came: &[SectionDigest]) -> Result<(), Trouble> {
+        for (index, section) in self.sections.iter().enumerate() {
+            if sent.get(index).is_none_or(|sent| came.get(index) != Some(sent)) {
+                let text = format!("section {} differs from what was sent", section.name);
+                return Err(Trouble::Refused(format!("{}: {text}", self.new.name)));
+            }
+        }
+        Ok(())
     }
 
     fn ask_for(&mut self, round: u32, freeze: bool, throttle: Option<u8>) -> Result<u32, Trouble> {
@@ -342,8 +392,9 @@ impl Lines {
         self.old.send(&ask.into())
     }
 
-    /// Give the new side what the old one sends, until that says how it ended.
-    async fn pass_on(&mut self, request: u32, seen: &Round) -> Result<Copied, Trouble> {
+    /// Give the new side what the old one sends, until that says how it ended. `ahead`: it has been told already that it comes
+    /// from kernel to kernel.
+    async fn pass_on(&mut self, request: u32, seen: &Round, ahead: bool) -> Result<Copied, Trouble> {
         let mut bytes = 0;
         loop {
             match self.old.next(request).await? {
@@ -351,6 +402,7 @@ impl Lines {
                     let unheld = m.reply.as_ref().map(|r| r.detail.clone()).unwrap_or_default();
                     self.old.judge(m.reply)?;
                     let direct = m.direct;
+                    self.direct = direct;
                     let sent = if direct { m.sent } else { bytes };
                     bytes += m.bytes;
                     self.copied += bytes;
@@ -359,6 +411,10 @@ impl Lines {
                 }
                 // It goes to the other kernel by itself.
                 Message::MorphTransferState(m) if m.data.0.is_empty() => seen.copied(m.bytes),
+                // Who takes it waits for what comes directly.
+                Message::MorphTransferState(_) if ahead => {
+                    return Err(self.old.lost("its connection to the new kernel is lost"));
+                }
                 Message::MorphTransferState(m) => {
                     bytes += m.data.0.len() as u64;
                     seen.copied(bytes);
@@ -367,24 +423,16 @@ impl Lines {
                     if self.new.connection.backlog() < BACKLOG {
                         continue;
                     }
-                    let flushed = self.new.connection.flush();
-                    let flushed = match self.new.silence {
-                        Some(limit) => timeout(limit, flushed).await,
-                        None => Ok(flushed.await),
-                    };
-                    match flushed {
-                        Ok(Ok(())) => {}
-                        Ok(Err(e)) => return Err(self.new.lost(e)),
-                        Err(_) => return Err(self.new.lost("it takes nothing more")),
-                    }
+                    self.new.flush().await?;
                 }
                 other => return Err(self.old.out_of_place(&other)),
             }
         }
     }
 
-    fn end_of(&mut self, round: u32, direct: bool) -> Result<u32, Trouble> {
-        let end = MorphTransferState { morph: self.morph, round, last: true, direct, ..Default::default() };
+    fn end_of(&mut self, round: u32, direct: bool, freeze: bool) -> Result<u32, Trouble> {
+        let (morph, last) = (self.morph, true);
+        let end = MorphTransferState { morph, round, last, direct, freeze, ..Default::default() };
         self.new.send(&end.into())
     }
 
@@ -396,7 +444,7 @@ impl Lines {
     }
 
     async fn placed(&mut self, round: u32, direct: bool) -> Result<(), Trouble> {
-        let request = self.end_of(round, direct)?;
+        let request = self.end_of(round, direct, false)?;
         self.see_placed(request).await
     }
 }

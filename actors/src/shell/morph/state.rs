@@ -168,21 +168,41 @@ pub(super) async fn take_over(args: &MorphArgs, hand: &mut Hand) -> Result<(), S
         Ok(()) => {}
     }
     let mut lines = hand.lines.take();
-    let told = match &mut lines {
-        Some(lines) => lines.new.commit(number(args), true).await,
-        None => match Line::open(&args.env, &args.instance).await {
-            Ok(mut line) => line.commit(number(args), true).await,
-            Err(trouble) => Err(trouble),
-        },
+    let (switch, name) = (&args.env.switch, &args.instance.name);
+    // Of several workloads one that serves says nothing about the others.
+    if lines.as_ref().is_some_and(|l| l.workloads() == 1) {
+        switch.decide(name, target);
+    }
+    let mut serves = false;
+    let told = {
+        let tell = async {
+            match &mut lines {
+                Some(lines) => lines.new.commit(number(args), true).await,
+                None => Line::open(&args.env, &args.instance).await?.commit(number(args), true).await,
+            }
+        };
+        tokio::pin!(tell);
+        tokio::select! {
+            biased;
+            told = &mut tell => told,
+            // A client's session goes on there: the agent's word comes later.
+            () = switch.passed(name, target) => {
+                serves = true;
+                hand.mark(|b, took| b.activate_us = took);
+                tell.await
+            }
+        }
     };
     match told {
         Ok(()) | Err(Trouble::Unsupported) => {}
-        Err(trouble) if decided_here => return Err(trouble.text()),
+        Err(trouble) if decided_here && switch.take_back(name, target) => return Err(trouble.text()),
         // Every heartbeat tells it too.
         Err(trouble) => warn!(instance = %args.instance.name, "not told to serve yet: {}", trouble.text()),
     }
-    args.env.switch.release(&args.instance.name, target);
-    hand.mark(|b, took| b.activate_us = took);
+    switch.release(name, target);
+    if !serves {
+        hand.mark(|b, took| b.activate_us = took);
+    }
     if let Some(b) = hand.blackout() {
         info!(instance = %args.instance.name, ?b, "the workload goes on in the new kernel");
     }

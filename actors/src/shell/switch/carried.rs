@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::door::{Door, Member};
 use super::session::{Ended, FIRST_WAIT, Going, InLane, LONGEST_WAIT, WAIT_LIMIT};
-use super::{Lane, Next, Shared};
+use super::{Go, Lane, Next, Shared};
 use crate::core::carry::Carried;
 use crate::core::route::{Route, Target};
 
@@ -205,8 +205,12 @@ fn join(
         loop {
             let (now, coming) = (*route.borrow_and_update(), *next.borrow_and_update());
             let than = *carrier.borrow_and_update();
-            let coming = coming.filter(|n| Some(n.target) != than && (!n.go || now == Route::Open(n.target)));
+            // It goes on with the next kernel already, a moment before new clients are sent there.
+            let ahead = coming.is_some_and(|n| n.go == Go::Passed && Some(n.target) == than);
+            let goes = |n: &Next| n.go != Go::Yes || now == Route::Open(n.target);
+            let coming = coming.filter(|n| Some(n.target) != than && goes(n));
             let target = match (now, coming) {
+                _ if ahead => None,
                 // A session that begins does so with the kernel that serves.
                 (_, Some(n)) if greeting.resume => Some(n.target),
                 (Route::Open(t), _) if Some(t) != than => Some(t),
@@ -275,10 +279,15 @@ async fn welcome(
         }
         line.push(stream.read_u8().await.map_err(|e| e.to_string())?);
     }
-    // It serves already, and clients are let go a moment later.
-    let mut route = shared.route.subscribe();
-    let open = route.wait_for(|r| *r == Route::Open(target)).await;
-    open.map_err(|_| "the switch has ended")?;
+    // It serves, and is not followed before that is decided for good.
+    let (mut route, mut next) = (shared.route.subscribe(), shared.next.subscribe());
+    while !shared.passes(target) {
+        let changed = tokio::select! {
+            changed = route.changed() => changed,
+            changed = next.changed() => changed,
+        };
+        changed.map_err(|_| "the switch has ended")?;
+    }
     drop(parked);
     let line = String::from_utf8(line).map_err(|e| e.to_string())?;
     match Welcome::parse(&line).map_err(|e| e.to_string())? {

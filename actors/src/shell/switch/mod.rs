@@ -51,8 +51,20 @@ struct Lane {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Next {
     target: Target,
-    /// It has.
-    go: bool,
+    go: Go,
+}
+
+/// Whether connections that can go on with the next kernel do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Go {
+    /// They wait there.
+    No,
+    /// It is decided: they do as soon as they are welcomed, which a service does only when it serves.
+    Welcomed,
+    /// Somebody was: there is no way back.
+    Passed,
+    /// It has taken the instance over.
+    Yes,
 }
 
 /// What one listener has seen.
@@ -95,6 +107,19 @@ impl Shared {
     async fn ended(&self) {
         // The sender lives here.
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// Whether who was welcomed by this kernel goes on with it now. That cannot be taken back.
+    fn passes(&self, target: Target) -> bool {
+        let mut passes = *self.route.borrow() == Route::Open(target);
+        self.next.send_if_modified(|next| match next {
+            Some(n) if n.target == target && matches!(n.go, Go::Welcomed | Go::Passed) => {
+                passes = true;
+                std::mem::replace(&mut n.go, Go::Passed) != Go::Passed
+            }
+            _ => false,
+        });
+        passes
     }
 
     fn lane(&self, target: Target) -> Arc<Lane> {
@@ -315,10 +340,47 @@ impl Switch {
     pub(crate) async fn park(&self, instance: &str, target: Target) {
         let Some(shared) = self.shared(instance) else { return };
         let mut parked = shared.parked.subscribe();
-        shared.next.send_replace(Some(Next { target, go: false }));
+        shared.next.send_replace(Some(Next { target, go: Go::No }));
         // Those that are not ready in time connect when it has.
         let ready = parked.wait_for(|n| *n >= shared.carried.load(Ordering::Relaxed));
         let _ = timeout(PARK_LIMIT, ready).await;
+    }
+
+    /// It is decided that this kernel takes it over: connections that wait there go on with it when they are welcomed.
+    pub(crate) fn decide(&self, instance: &str, target: Target) {
+        self.turn(instance, target, Go::No, Go::Welcomed);
+    }
+
+    /// Take that back. False when somebody goes on with it already.
+    pub(crate) fn take_back(&self, instance: &str, target: Target) -> bool {
+        self.turn(instance, target, Go::Welcomed, Go::No) != Some(Go::Passed)
+    }
+
+    /// Change how it stands with the next kernel, if it is as expected. How it stood.
+    fn turn(&self, instance: &str, target: Target, from: Go, to: Go) -> Option<Go> {
+        let mut stood = None;
+        self.shared(instance)?.next.send_if_modified(|next| {
+            let Some(n) = next.as_mut().filter(|n| n.target == target) else { return false };
+            stood = Some(n.go);
+            let turns = n.go == from;
+            if turns {
+                n.go = to;
+            }
+            turns
+        });
+        stood
+    }
+
+    /// Wait until somebody goes on with it: it serves. For ever when nobody does.
+    pub(crate) async fn passed(&self, instance: &str, target: Target) {
+        if let Some(shared) = self.shared(instance) {
+            let mut next = shared.next.subscribe();
+            let passed = next.wait_for(|n| *n == Some(Next { target, go: Go::Passed }));
+            if passed.await.is_ok() {
+                return;
+            }
+        }
+        std::future::pending().await
     }
 
     /// It has taken it over: all connections that can go on with it do.
@@ -327,7 +389,7 @@ impl Switch {
         shared.set(Route::Open(target));
         shared.set_away(false);
         // Nobody who waits for it misses that it goes: it stays until there is another.
-        shared.next.send_replace(Some(Next { target, go: true }));
+        shared.next.send_replace(Some(Next { target, go: Go::Yes }));
     }
 
     /// It will not take it over.

@@ -28,6 +28,8 @@ pub enum Next {
     Partial(u32),
     /// It does not return before the gate is opened.
     Block(Arc<Notify>),
+    /// It is done, and the answer is lost when the gate is opened.
+    Unanswered(Arc<Notify>),
     Panic,
     /// The kernel dies of it.
     Die,

@@ -121,6 +121,20 @@ async fn a_round_is_seen_while_it_is_copied() {
     assert!(done.round_bytes == 0 && done.bytes >= round.round_bytes, "{done:?}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_did_not_arrive_whole_is_named_and_the_old_kernel_goes_on() {
+    let w = counting().await;
+    w.fake.workloads.script("511 END", Next::Partial(0));
+    w.fake.workloads.script("511 END", Next::Panic);
+    w.fake.workloads.script("511 END", Next::Panic);
+    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+    let told = error.to_string();
+    assert!(told.contains("section count/sessions differs from what was sent"), "{told}");
+    served(&w, 1).await;
+    assert_eq!(w.fake.workloads.count(1), 6);
+    at_rest(&w, 1).await;
+}
+
 /// Messages each side gets in a morph that is committed.
 const OLD: [&str; 4] = ["1 PREPARE", "1 NEGOTIATE", "1 TRANSFER_STATE", "1 FREEZE"];
 const NEW: [&str; 6] = ["511 PREPARE", "511 NEGOTIATE", "511 PIECE", "511 END", "511 VALIDATE", "511 COMMIT"];
@@ -282,6 +296,66 @@ async fn connections_of_clients_outlive_kernels() {
     // Every count was given out once: the next is the first that nobody has seen.
     assert_eq!(w.fake.workloads.count(web.id), most + 1);
     assert_eq!((web.publish[0].failed, web.publish[0].moved), (0, 8));
+}
+
+/// A morph whose commit the new agent carries out without ever answering: with a client that is welcomed there, and without.
+async fn unanswered(client: bool) -> (World, u16, Option<TcpStream>) {
+    let w = world().await;
+    w.fake.workloads.switch_on();
+    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let publish = format!("tcp:127.0.0.1:{port}=vsock:{SESSIONS},sessions").parse().unwrap();
+    w.tree.spawn(SpawnArgs { publish: vec![publish], ..args("web") }).await.unwrap();
+    let mut stream = None;
+    if client {
+        let mut one = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_eq!(once_more(&mut one).await, 1);
+        stream = Some(one);
+    }
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("511 COMMIT", Next::Unanswered(gate.clone()));
+    let goes_on = async {
+        match &mut stream {
+            // The answer comes from the new kernel: the old one stands still.
+            Some(one) => assert_eq!(once_more(one).await, 2),
+            None => served(&w, 511).await,
+        }
+        gate.notify_one();
+    };
+    let asks = async {
+        let limit = Instant::now() + PATIENCE;
+        while !w.fake.workloads.log().iter().any(|l| l == "511 COMMIT") {
+            assert!(Instant::now() < limit);
+            tokio::time::sleep(MS).await;
+        }
+        goes_on.await;
+    };
+    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), asks);
+    let (id, committed) = if client { (511, Ok(Some(true))) } else { (1, Err(())) };
+    assert_eq!(ended.map(|v| v.committed).map_err(drop), committed);
+    served(&w, id).await;
+    (w, id, stream)
+}
+
+async fn once_more(stream: &mut TcpStream) -> u64 {
+    let mut answer = [0; 8];
+    stream.write_all(b"+").await.unwrap();
+    let read = tokio::time::timeout(PATIENCE, stream.read_exact(&mut answer));
+    read.await.unwrap().unwrap();
+    u64::from_le_bytes(answer)
+}
+
+#[tokio::test]
+async fn there_is_no_way_back_from_a_kernel_that_has_answered_a_client() {
+    let (w, id, stream) = unanswered(true).await;
+    let mut stream = stream.unwrap();
+    assert_eq!(once_more(&mut stream).await, 3);
+    assert_eq!(w.fake.workloads.count(id), 4);
+}
+
+#[tokio::test]
+async fn a_kernel_that_has_answered_nobody_and_says_nothing_is_stopped_and_the_old_one_goes_on() {
+    let (w, id, _) = unanswered(false).await;
+    assert_eq!(w.fake.workloads.count(id), 1);
 }
 
 #[tokio::test]

@@ -188,23 +188,46 @@ impl Workloads {
     pub async fn message(&self, life: Life, message: Message) -> Outcome {
         let name = message.kind().name().trim_start_matches("MORPH_").to_owned();
         let name = match &message {
-            Message::MorphTransferState(m) if m.freeze => "FREEZE".into(),
-            Message::MorphTransferState(m) if !m.last && !m.data.0.is_empty() => "PIECE".into(),
             Message::MorphTransferState(m) if m.last => "END".into(),
+            Message::MorphTransferState(m) if m.freeze => "FREEZE".into(),
+            Message::MorphTransferState(m) if !m.data.0.is_empty() => "PIECE".into(),
             _ => name,
         };
         let on = format!("{} {name}", life.0);
         self.log.lock().unwrap().push(on.clone());
         let next = self.scripts.lock().unwrap().get_mut(&on).and_then(Vec::pop);
+        let (mut partial, mut lost) = (false, None);
         match next {
             Some(Next::Die) => return Outcome::Dies,
             Some(Next::Fail(_)) => return Outcome::Lost,
             Some(Next::Block(gate)) => gate.notified().await,
-            Some(Next::Panic | Next::Partial(_)) | None => {}
+            Some(Next::Partial(_)) => partial = true,
+            Some(Next::Unanswered(gate)) => lost = Some(gate),
+            Some(Next::Panic) | None => {}
         }
+        let outcome = self.answer(life, message, partial);
+        match lost {
+            Some(gate) => {
+                gate.notified().await;
+                Outcome::Lost
+            }
+            None => outcome,
+        }
+    }
+
+    fn answer(&self, life: Life, message: Message, partial: bool) -> Outcome {
         let mut all = self.all.lock().unwrap();
         match all.get_mut(&life) {
-            Some(one) => Outcome::Answers(one.answer(message)),
+            Some(one) => {
+                let mut answers = one.answer(message);
+                // Not everything that was sent is there.
+                for answer in answers.iter_mut().filter(|_| partial) {
+                    if let Message::MorphValidate(m) = answer {
+                        m.digests[1].digest = vec![0].into();
+                    }
+                }
+                Outcome::Answers(answers)
+            }
             None => Outcome::Answers(stateless(message)),
         }
     }
@@ -245,7 +268,12 @@ impl One {
                 let names: Vec<&str> =
                     self.offered.iter().map(|s| s.name.trim_start_matches("count/")).collect();
                 let done = names.iter().try_for_each(|n| s.imported(n));
-                vec![MorphTransferState { reply: judged(done), ..m }.into()]
+                let (morph, freeze) = (m.morph, m.freeze && done.is_ok());
+                let mut out = vec![MorphTransferState { reply: judged(done), ..m }.into()];
+                if freeze {
+                    out.push(MorphValidate { morph, digests: self.digests(), reply: None }.into());
+                }
+                out
             }
             Message::MorphTransferState(m) if m.data.0.is_empty() => self.export(m),
             Message::MorphTransferState(m) => {
@@ -253,13 +281,8 @@ impl One {
                 s.import(name, m.offset, &kmorph_state::piece::Piece::from(&*m.data.0)).unwrap();
                 vec![]
             }
-            Message::MorphValidate(m) if m.digests.is_empty() => {
-                vec![MorphValidate { digests: self.digests(), reply: yes(), ..m }.into()]
-            }
             Message::MorphValidate(m) => {
-                let right = self.digests().iter().zip(&m.digests).all(|(a, b)| a == b);
-                let reply = judged(if right { Ok(()) } else { Err("a digest differs".into()) });
-                vec![MorphValidate { reply, ..m }.into()]
+                vec![MorphValidate { digests: self.digests(), reply: yes(), ..m }.into()]
             }
             Message::MorphCommit(m) => {
                 let done = if m.serves { s.activate() } else { s.retire() };
