@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use kmorph_state::wire::{
@@ -15,7 +16,12 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interes
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
+/// A workload that could not begin is told again after this time, which doubles with every try.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Longest time until it is.
+const AGAIN_LIMIT: Duration = Duration::from_secs(60);
 /// Orders that may wait, and pieces that arrive: together they are a few times what is read from the daemon at once.
 const QUEUE: usize = 32;
 /// Orders that were said and not answered.
@@ -91,9 +97,18 @@ pub struct Hook {
     /// Key of the window it has; 0: none.
     window: AtomicU64,
     state: AtomicU8,
+    refused: Mutex<Refused>,
     jobs: mpsc::Sender<Job>,
     /// Orders nobody waits for: they never find the queue full.
     told: mpsc::UnboundedSender<Order>,
+}
+
+/// It was told to begin and could not.
+#[derive(Default)]
+struct Refused {
+    times: u32,
+    /// To be told again then.
+    until: Option<Instant>,
 }
 
 const STATES: [State; 4] = [State::New, State::Active, State::Frozen, State::Retired];
@@ -107,6 +122,28 @@ impl Hook {
     fn set_state(&self, state: State) {
         let index = STATES.iter().position(|s| *s == state).unwrap_or(0);
         self.state.store(u8::try_from(index).unwrap_or(0), Ordering::SeqCst);
+    }
+
+    fn refused(&self) -> MutexGuard<'_, Refused> {
+        // Every change is one assignment, so a panic elsewhere left it whole.
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is to be told to begin once more. It says so once a try.
+    pub fn begins_again(&self) -> bool {
+        let due = |until: &mut Instant| *until <= Instant::now();
+        self.state() == State::New && self.refused().until.take_if(due).is_some()
+    }
+
+    fn begins(&self, began: bool) {
+        let mut refused = self.refused();
+        *refused = match began {
+            true => Refused::default(),
+            false => {
+                let wait = AGAIN.saturating_mul(1 << refused.times.min(16)).min(AGAIN_LIMIT);
+                Refused { times: refused.times.saturating_add(1), until: Some(Instant::now() + wait) }
+            }
+        };
     }
 
     /// Whether the connection is over.
@@ -240,7 +277,8 @@ pub async fn introduce(stream: UnixStream) -> io::Result<Introduced> {
     let (told, hearing) = mpsc::unbounded_channel();
     debug_assert!(name.len() <= NAME_LIMIT);
     let (state_of, window) = (AtomicU8::new(0), AtomicU64::new(0));
-    let hook = Hook { name, sections, throttles, windows, window, state: state_of, jobs, told };
+    let refused = Mutex::default();
+    let hook = Hook { name, sections, throttles, windows, window, state: state_of, refused, jobs, told };
     hook.set_state(state);
     Ok(Introduced { hook: Arc::new(hook), reader: stream, writer, jobs: waiting, told: hearing })
 }
@@ -414,7 +452,7 @@ async fn answered(
     if ends || matches!(order, Order::Window { .. }) {
         hook.window.store(0, Ordering::SeqCst);
     }
-    let name = &hook.name;
+    let (name, begins) = (&hook.name, order == Order::Activate);
     let answer = match report {
         Report::Error(why) => Err(format!("workload {name}, {order}: {why}")),
         Report::Digest(_) if matches!(order, Order::Digest { .. }) => Ok(report),
@@ -423,6 +461,9 @@ async fn answered(
     };
     if let (Ok(_), Some(state)) = (&answer, becomes) {
         hook.set_state(state);
+    }
+    if begins {
+        hook.begins(answer.is_ok());
     }
     match (reply, answer) {
         // Who asked may have given up waiting.

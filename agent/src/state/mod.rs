@@ -130,18 +130,20 @@ impl Broker {
         self.came.send_modify(|n| *n += 1);
     }
 
-    /// kmorphd says that this kernel is the one that serves.
+    /// kmorphd says that this kernel is the one that serves; it says so again and again.
     pub fn serves(&self) {
-        let fresh = {
+        let (hooks, first) = {
             let mut inner = self.lock();
-            if inner.stage != Stage::Unknown {
-                return;
-            }
+            let first = match inner.stage {
+                Stage::Unknown => true,
+                Stage::Serves => false,
+                _ => return,
+            };
             inner.stage = Stage::Serves;
-            inner.hooks.clone()
+            (inner.hooks.clone(), first)
         };
-        for hook in fresh {
-            if hook.state() == State::New {
+        for hook in hooks {
+            if (first && hook.state() == State::New) || hook.begins_again() {
                 hook.tell(Order::Activate);
             }
         }

@@ -306,6 +306,42 @@ async fn memory_and_clients_go_to_the_new_kernel_at_the_commit_and_not_before() 
     assert_eq!(old.service.state(), State::Retired);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_workload_that_could_not_begin_is_told_again_and_less_often_each_time() {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let broker = Arc::<Broker>::default();
+    let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let mut ours = BufReader::new(ours);
+    ours.write_all(b"hello version=1 name=slow state=new\nready\n").await.unwrap();
+    let introduced = introduce(theirs).await.unwrap();
+    let hook = introduced.hook();
+    broker.enter(hook.clone());
+    tokio::spawn(introduced.run());
+    let (mut told, mut last, mut waits) = (String::new(), tokio::time::Instant::now(), vec![]);
+    for answer in ["error not yet\n", "error not yet\n", "error not yet\n", "ok\n"] {
+        told.clear();
+        let heartbeats = async {
+            loop {
+                broker.serves();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            read = ours.read_line(&mut told) => assert!(read.unwrap() > 0),
+            () = heartbeats => {}
+        }
+        assert_eq!(told, "activate\n");
+        waits.push(last.elapsed().as_secs());
+        last = tokio::time::Instant::now();
+        ours.write_all(answer.as_bytes()).await.unwrap();
+    }
+    assert_eq!(waits, [0, 1, 2, 4]);
+    while hook.state() != State::Active {
+        tokio::task::yield_now().await;
+    }
+    assert!(!hook.begins_again());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rolled_back_morph_changes_nothing_for_the_clients_of_the_old_kernel() {
     let (mut old, mut new) = (kernel().await, kernel().await);

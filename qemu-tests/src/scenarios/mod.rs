@@ -91,5 +91,8 @@ pub const ALL: &[&Scenario] = &[
     &blackout::SCENARIO,
     &transfer::SCENARIO,
     &transport::SCENARIO,
-    &failures::ALL,
+    &failures::PARTS[0],
+    &failures::PARTS[1],
+    &failures::PARTS[2],
+    &failures::PARTS[3],
 ];
