@@ -4,6 +4,7 @@ pub mod handover;
 pub mod journal;
 pub mod kv;
 pub mod pingpong;
+pub mod relay;
 pub mod shared;
 pub mod tool;
 pub mod window;

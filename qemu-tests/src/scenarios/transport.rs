@@ -11,6 +11,7 @@ use vsock::VMADDR_CID_LOCAL;
 
 use super::Scenario;
 use super::bench::{Samples, info, row};
+use crate::guest::relay::{self, Moves};
 use crate::guest::{Guest, WORKLOAD, pingpong, tool};
 use crate::host::MachineSpec;
 use crate::{Context, Result};
@@ -105,6 +106,29 @@ fn serve_here(g: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// What the switch does with a client's bytes, beside splice(2).
+fn relays(g: &Guest) -> Result<()> {
+    let measured = std::thread::spawn(|| {
+        pingpong::pin(0)?;
+        let mut all: [[Vec<f64>; 2]; 2] = Default::default();
+        for _ in 0..ROUNDS {
+            for (both, size) in all.iter_mut().zip(relay::SIZES) {
+                for (rates, moves) in both.iter_mut().zip([Moves::Copied, Moves::Spliced]) {
+                    rates.push(relay::flow(A, 64 << 20, moves, size)?);
+                }
+            }
+        }
+        Result::Ok(all)
+    });
+    let all = measured.join().map_err(|_| "the measuring thread failed".to_string())??;
+    for (both, size) in all.into_iter().zip(relay::SIZES) {
+        let [copied, spliced] = both.map(|rates| Samples::new(rates).p50());
+        let text = format!("{copied:.0} / {spliced:.0} MB/s, {:.2}x", spliced / copied);
+        info(g, &format!("64 MiB of a TCP client, {} KiB copied / spliced", size >> 10), &text);
+    }
+    Ok(())
+}
+
 fn transport(g: &Guest) -> Result<bool> {
     serve_here(g)?;
     let mut rounds: [Vec<Round>; PATHS] = Default::default();
@@ -142,5 +166,6 @@ fn transport(g: &Guest) -> Result<bool> {
         kept &= row(g, what, &three(s, unit, digits, name), &promise, ratio(s) >= 2.0);
     }
     info(g, "throughput, 64 MiB", &three(&flow, 1.0, 0, "MB/s"));
+    relays(g)?;
     Ok(kept)
 }
