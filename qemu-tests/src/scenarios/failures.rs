@@ -168,9 +168,14 @@ fn story(g: &Guest, choose: impl Fn(&[u64]) -> Vec<u64>) -> Result<()> {
         let took_over = after.release.starts_with(&format!("{to}."));
         let whole = match kind {
             Kind::DaemonKilled => Expect::Whole,
-            // A kernel that crashed took with it what nobody else had. One that crashed and was started anew before its
-            // state was copied has nothing to hand over.
-            Kind::OldCrashes if took_over && after.recoveries == before.recoveries => Expect::Whole,
+            // A kernel that crashed took with it what nobody else had. One that did so while the new one was still being
+            // started was healed, and handed over what it had then: nothing.
+            Kind::OldCrashes if took_over && n < copies()? => {
+                let healed = after.recoveries - before.recoveries;
+                g.check(healed == 1, || format!("boundary {n}: {healed} recoveries of one crash"))?;
+                Expect::Fresh
+            }
+            Kind::OldCrashes if took_over => Expect::Whole,
             Kind::NewCrashes if !took_over => Expect::Whole,
             Kind::OldCrashes | Kind::NewCrashes => Expect::WholeOrFresh,
         };
@@ -211,6 +216,12 @@ fn boundaries() -> Result<Vec<(u64, String)>> {
     Ok(all.filter_map(|(n, what)| Some((n.parse().ok()?, what.to_owned()))).collect())
 }
 
+/// The boundary before which nothing of the old kernel's state is with the new one.
+fn copies() -> Result<u64> {
+    let agreed = |(_, what): &(u64, String)| what.contains("MORPH_TRANSFERRING");
+    boundaries()?.into_iter().find(agreed).map(|(n, _)| n).ok_or_else(|| "nothing was copied".into())
+}
+
 /// Exactly one kernel is the instance, it serves, it has what it is to have, and nothing is left of another one.
 fn settled(g: &Guest, free: u64) -> Result<InstanceView> {
     let mut last = String::new();
@@ -233,6 +244,7 @@ fn settled(g: &Guest, free: u64) -> Result<InstanceView> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expect {
     Whole,
+    Fresh,
     WholeOrFresh,
 }
 
@@ -272,11 +284,11 @@ impl Data {
         for key in self.known.keys() {
             found.insert(*key, store.get(*key).await?);
         }
-        if found == self.known {
+        if found == self.known && expect != Expect::Fresh {
             return Ok(Found::Whole);
         }
         let values: BTreeSet<u64> = found.values().copied().collect();
-        if expect == Expect::WholeOrFresh && values == BTreeSet::from([0]) {
+        if expect != Expect::Whole && values == BTreeSet::from([0]) {
             self.known.clear();
             return Ok(Found::Fresh);
         }

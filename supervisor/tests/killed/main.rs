@@ -305,32 +305,24 @@ async fn one_alone(home: &Home) -> Option<bool> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_every_boundary_of_a_morph_one_kernel_serves_and_nothing_is_left() {
-    // Built before anything that has a limit is under way.
-    program();
-    let (mut first, mut kills) = (1, 0);
-    while first < MOST {
-        let all = futures::future::join_all((first..first + TOGETHER).map(killed_in_a_morph_at)).await;
-        kills += all.iter().filter(|killed| **killed).count();
-        if !all.iter().all(|killed| *killed) {
-            eprintln!("{kills} kills");
-            assert!(kills >= 20, "only {kills} boundaries were reached");
-            return;
-        }
-        first += TOGETHER;
-    }
-    panic!("the morph has no end");
+    at_each(killed_in_a_morph_at).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_every_boundary_the_next_daemon_puts_all_in_order() {
+    at_each(killed_at).await;
+}
+
+/// Tell a story again and again, each time with a daemon that is killed a boundary later, until it has no more of them.
+async fn at_each<F: Future<Output = bool>>(killed_at: impl Fn(u64) -> F) {
     // Built before anything that has a limit is under way.
     program();
     let (mut first, mut kills) = (1, 0);
     while first < MOST {
-        let all = futures::future::join_all((first..first + TOGETHER).map(killed_at)).await;
+        let all = futures::future::join_all((first..first + TOGETHER).map(&killed_at)).await;
         kills += all.iter().filter(|killed| **killed).count();
         if !all.iter().all(|killed| *killed) {
-            // The story has at least: two incidents' worth of journal, two starts, a fence and a reclaim each.
+            // Each has at least: two incidents' worth of journal, two starts, a fence and a reclaim each.
             eprintln!("{kills} kills");
             assert!(kills >= 20, "only {kills} boundaries were reached");
             return;
