@@ -110,6 +110,9 @@ pub struct MorphRecord {
     /// The old kernel's workload may stand still: it has to be told to go on when the morph is undone.
     #[serde(default)]
     pub frozen: bool,
+    /// The new kernel may take over by itself, and may have.
+    #[serde(default)]
+    pub handed_over: bool,
 }
 
 impl InstanceRecord {

@@ -238,7 +238,10 @@ impl HeartbeatState {
         let w = self.watched.as_mut()?;
         let serial = w.beats.send(now);
         let (id, incarnation, to) = (self.args.id.get(), w.incarnation, self.args.link.clone());
-        let request = HeartbeatReq { metrics: true, guardian_ms: w.policy.guardian_ms(), serves: w.serves };
+        // As long as another kernel may have taken over nobody begins to serve.
+        let undecided = self.args.env.directory.get(&self.args.name).is_some_and(|i| i.is_handed_over());
+        let serves = w.serves && !undecided;
+        let request = HeartbeatReq { metrics: true, guardian_ms: w.policy.guardian_ms(), serves };
         let beat = Command::Beat { serial, request, to };
         if let Err(command) = self.args.env.connections.command(id, incarnation, beat) {
             self.args.env.transport.send(TransportMsg::Beat { id, incarnation, command });

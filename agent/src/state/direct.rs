@@ -31,6 +31,8 @@ const VERSION: u64 = 1;
 const OPEN_LIMIT: Duration = Duration::from_secs(2);
 /// A piece that does not become smaller than this share of itself is sent as it is.
 const WORTH: f64 = 0.95;
+/// Longest digest of a section.
+const DIGEST_LIMIT: u32 = 64;
 
 /// Where agents of other kernels are found.
 #[derive(Clone, Debug)]
@@ -128,6 +130,8 @@ enum Kind {
     End = 2,
     /// It is in the window: eight bytes say where.
     Placed = 3,
+    /// What the section has come to, when everything of it is sent.
+    Digest = 4,
 }
 
 /// Head of a record.
@@ -162,6 +166,7 @@ impl Head {
             1 => Kind::Packed,
             2 => Kind::End,
             3 => Kind::Placed,
+            4 => Kind::Digest,
             n => return Err(io::Error::other(format!("a record of kind {n}"))),
         };
         let offset = bytes[8..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
@@ -171,6 +176,7 @@ impl Head {
             Kind::Packed => head.length <= head.plain,
             Kind::End => head.length == 0 && head.plain == 0,
             Kind::Placed => head.length == 8,
+            Kind::Digest => head.length <= DIGEST_LIMIT && head.plain == 0,
         };
         if fits && head.plain <= PIECE_LIMIT {
             Ok(head)
@@ -304,16 +310,25 @@ impl Out {
         Ok(())
     }
 
+    /// Say what a section has come to.
+    pub async fn digest(&mut self, section: u32, digest: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(digest.len()).ok().filter(|n| *n <= DIGEST_LIMIT);
+        let length = length.ok_or_else(|| io::Error::other("a digest is too long"))?;
+        self.stream
+            .write_all(&Head { kind: Kind::Digest, section, offset: 0, length, plain: 0 }.encode())
+            .await?;
+        self.stream.write_all(digest).await
+    }
+
     /// Send what is not on its way yet.
     pub async fn flush(&mut self) -> io::Result<()> {
         self.stream.flush().await
     }
 
-    /// All pieces of a round are sent.
+    /// All pieces of a round are sent; to be flushed.
     pub async fn end(&mut self, round: u32) -> io::Result<()> {
         let head = Head { kind: Kind::End, section: 0, offset: round.into(), length: 0, plain: 0 };
-        self.stream.write_all(&head.encode()).await?;
-        self.stream.flush().await
+        self.stream.write_all(&head.encode()).await
     }
 }
 
@@ -321,6 +336,7 @@ impl Out {
 pub enum Came {
     Piece { section: u32, offset: u64, data: Bytes },
     Placed { section: u32, offset: u64, bytes: u32, place: u64 },
+    Digest { section: u32, digest: Bytes },
     End { round: u32 },
 }
 
@@ -408,6 +424,10 @@ impl In {
                 let data = exactly(&mut self.stream, head.length as usize).await?.freeze();
                 Came::Piece { section, offset, data }
             }
+            Kind::Digest => {
+                let digest = exactly(&mut self.stream, head.length as usize).await?.freeze();
+                Came::Digest { section, digest }
+            }
             Kind::Placed => {
                 let mut place = [0; 8];
                 self.stream.read_exact(&mut place).await?;
@@ -492,6 +512,7 @@ mod tests {
                     out.piece(piece, 5, &sent).await.unwrap();
                 }
                 out.end(round).await.unwrap();
+                out.flush().await.unwrap();
             };
             let coming = async {
                 for piece in 0..3 {
@@ -520,11 +541,14 @@ mod tests {
         };
         for (bytes, want) in [
             (head(9, 0, 0), "a record of kind 9"),
+            (head(5, 0, 0), "a record of kind 5"),
             (head(0, 1, 2), "a record of 1 bytes for 2"),
             (head(1, 3, 2), "a record of 3 bytes for 2"),
             (head(0, PIECE_LIMIT + 1, PIECE_LIMIT + 1), "a record of 262145 bytes"),
             (head(2, 1, 1), "a record of 1 bytes for 1"),
             (head(3, 7, 1), "a record of 7 bytes for 1"),
+            (head(4, 65, 0), "a record of 65 bytes for 0"),
+            (head(4, 1, 1), "a record of 1 bytes for 1"),
             (head(3, 8, PIECE_LIMIT + 1), "a record of 8 bytes for 262145"),
             (head(3, 8, 1), "early eof"),
             ([head(1, 4, 100), vec![0xff; 4]].concat(), ""),

@@ -1,10 +1,11 @@
 //! The state of workloads: who has which, and how it leaves this kernel or arrives in it.
 //!
 //! Workloads connect to a Unix socket ([`listen`]) and are talked to by a task each ([`hook`]). kmorphd asks for what it
-//! needs on a bulk connection ([`serve`]).
+//! needs on a bulk connection ([`serve`]); what is given then is in [`export`].
 
 mod device;
 mod direct;
+mod export;
 mod hook;
 mod listen;
 mod pays;
@@ -18,6 +19,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kmorph_state::wire::{Order, State};
+use kmp::message::{Blob, SectionDigest};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio_util::task::AbortOnDropHandle;
@@ -82,9 +84,14 @@ struct Inner {
 struct Arrived {
     /// Rounds that ended.
     rounds: u32,
+    /// What the sections have come to where they come from, since the latest round ended.
+    digests: Vec<SectionDigest>,
     /// No more comes; why.
     over: Option<String>,
 }
+
+/// Name of the way digests are made: it is the workload's own.
+const DIGEST: &str = "workload";
 
 /// A number that nobody guesses: the standard library keys its hashers with the kernel's random bytes.
 fn token() -> u64 {
@@ -241,8 +248,16 @@ impl Broker {
                     let answer = self.placed(morph, section, offset, bytes, place).await;
                     let _ = told.send((Freed { section, place }, answer));
                 }
+                Came::Digest { section, digest } => {
+                    let digest = SectionDigest { section, algorithm: DIGEST.into(), digest: Blob(digest) };
+                    self.arrived.send_modify(|a| a.digests.push(digest));
+                }
                 Came::End { round } => {
-                    self.arrived.send_modify(|a| a.rounds = a.rounds.max(round.saturating_add(1)));
+                    // The digests of this round follow.
+                    self.arrived.send_modify(|a| {
+                        a.rounds = a.rounds.max(round.saturating_add(1));
+                        a.digests.clear();
+                    });
                 }
             }
         }

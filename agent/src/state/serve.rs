@@ -5,40 +5,31 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use kmorph_state::wire::{Order, Section as Own, State, THROTTLE_LIMIT};
+use kmorph_state::wire::{Order, Section as Own, State};
 use kmp::io::Connection;
 use kmp::message::{
-    Blob, DIRECT, Message, MorphCommit, MorphNegotiate, MorphPrepare, MorphRollback, MorphTransferState,
+    DIRECT, Message, MorphCommit, MorphNegotiate, MorphPrepare, MorphRollback, MorphTransferState,
     MorphValidate, Reply, Section, SectionDigest,
 };
-use kmp::session::Event;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::direct::Out;
-use super::hook::{Answer, Content, Hook, Piece};
-use super::{Broker, Plan, Stage};
-use crate::kmsg;
+use super::export::export;
+use super::hook::{Answer, Hook};
+use super::{Arrived, Broker, DIGEST, Plan, Stage};
 
 /// A workload that was told to go on, or to give up, answers within this time, or the daemon is told that it does not.
 /// It gets the order all the same when it answers again.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Bytes that may wait to be written before more is read from a workload.
-const BACKLOG: usize = 256 << 10;
 /// The end of a round that comes directly is not far behind the daemon's word that it was sent.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
-/// The daemon hears so often of pieces that do not come through it.
-const PROGRESS: Duration = Duration::from_millis(200);
-/// Name of the way digests are made: it is the workload's own.
-const DIGEST: &str = "workload";
 
 /// The connection is of no use any more; why.
 pub struct Over(pub String);
 
-type Outcome = Result<String, String>;
+pub(super) type Outcome = Result<String, String>;
 
-fn reply(answer: Outcome) -> Option<Reply> {
+pub(super) fn reply(answer: Outcome) -> Option<Reply> {
     Some(match answer {
         Ok(detail) => Reply { ok: true, detail },
         Err(detail) => Reply { ok: false, detail },
@@ -95,175 +86,8 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     c.queue(sequence, &answer).map_err(|e| Over(e.to_string()))
 }
 
-/// Answer with a round of pieces.
-async fn export<S: AsyncRead + AsyncWrite + Unpin>(
-    broker: &Arc<Broker>,
-    c: &mut Connection<S>,
-    sequence: u32,
-    m: MorphTransferState,
-) -> Result<(), Over> {
-    let (morph, round, freeze) = (m.morph, m.round, m.freeze);
-    let ended = |answer: Outcome, froze_ns| {
-        let (last, reply) = (true, reply(answer));
-        MorphTransferState { morph, round, last, freeze, froze_ns, reply, ..Default::default() }
-    };
-    let end = |answer, froze_ns| -> Message { ended(answer, froze_ns).into() };
-    let send = |c: &mut Connection<S>, message: &Message| {
-        c.queue(sequence, message).map_err(|e| Over(e.to_string()))
-    };
-    let plan = match broker.plan(morph) {
-        Ok(plan) => plan,
-        Err(why) => return send(c, &end(Err(why), 0)),
-    };
-    let (throttle, held) = match m.throttle {
-        Some(percent) => until_closed(c, broker.throttle(&plan, percent)).await?,
-        None => (None, String::new()),
-    };
-    let mut out = until_closed(c, broker.directly(&m)).await?;
-    until_closed(c, broker.write_window(&plan, if out.is_some() { m.window } else { 0 })).await?;
-    let began = Instant::now();
-    // Everything is said at once: the workloads do it one after the other, and wait for nobody in between.
-    let said = async {
-        let frozen = if freeze { broker.freeze(&plan).await? } else { vec![] };
-        let mut exports = vec![];
-        for (hook, name) in &plan.sections {
-            exports.push(hook.export(name, round == 0).await?);
-        }
-        let digests = if freeze { ask_digests(&plan).await? } else { vec![] };
-        Ok((frozen, exports, digests))
-    };
-    // A daemon that gives up meanwhile closes the connection, and says so on another one.
-    let (frozen, exports, digests) = match until_closed(c, said).await? {
-        Ok(said) => said,
-        Err(why) => return send(c, &end(Err(why), 0)),
-    };
-    let mut outcome = until_closed(c, all(frozen)).await?;
-    let froze_ns = if freeze { u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX) } else { 0 };
-    for (section, (pieces, ended)) in (0..).zip(exports) {
-        let of = MorphTransferState { morph, round, section, ..Default::default() };
-        let exported = match &mut out {
-            Some(out) => pass_directly(c, sequence, out, of, pieces, ended).await?,
-            None => pass_on(c, sequence, of, pieces, ended).await?,
-        };
-        outcome = outcome.and(exported);
-    }
-    let (mut direct, mut bytes, mut shared, mut sent) = (false, 0, 0, 0);
-    if let Some(mut out) = out {
-        outcome = outcome.and(until_closed(c, out.end(round)).await?.map_err(lost));
-        (direct, bytes, shared, sent) = (true, out.bytes, out.shared, out.sent);
-        *broker.out.lock().await = Some(out);
-    }
-    match outcome.and(until_closed(c, all_digests(digests)).await?) {
-        Err(why) => send(c, &end(Err(why), froze_ns)),
-        Ok(digests) => {
-            let end =
-                MorphTransferState { throttle, direct, bytes, shared, sent, ..ended(Ok(held), froze_ns) };
-            send(c, &end.into())?;
-            if freeze {
-                send(c, &MorphValidate { morph, digests, reply: None }.into())?;
-            }
-            Ok(())
-        }
-    }
-}
-
-fn lost(error: std::io::Error) -> String {
-    format!("the connection to the other kernel is lost: {error}")
-}
-
-/// Send the pieces of a section to the other kernel as they come. The outer error ends the connection to the daemon.
-async fn pass_directly<S: AsyncRead + AsyncWrite + Unpin>(
-    c: &mut Connection<S>,
-    sequence: u32,
-    out: &mut Out,
-    of: MorphTransferState,
-    mut pieces: mpsc::Receiver<Piece>,
-    ended: oneshot::Receiver<Result<(), String>>,
-) -> Result<Result<(), String>, Over> {
-    let mut told = Instant::now();
-    let gone = out.gone();
-    loop {
-        let next = async {
-            tokio::select! {
-                biased;
-                piece = pieces.recv() => Ok(piece),
-                () = gone.cancelled() => Err(lost(std::io::ErrorKind::UnexpectedEof.into())),
-            }
-        };
-        let Piece { offset, content } = match until_closed(c, next).await? {
-            Ok(Some(piece)) => piece,
-            Ok(None) => break,
-            Err(why) => return Ok(Err(why)),
-        };
-        let last = pieces.is_empty();
-        let sent = async {
-            match &content {
-                Content::Bytes(data) => out.piece(of.section, offset, data).await?,
-                Content::Placed { place, bytes } => out.placed(of.section, offset, *bytes, *place).await?,
-            }
-            // The other kernel takes this one while the next is made.
-            if last { out.flush().await } else { Ok(()) }
-        };
-        if let Err(e) = until_closed(c, sent).await? {
-            return Ok(Err(lost(e)));
-        }
-        if told.elapsed() >= PROGRESS {
-            let so_far = MorphTransferState { bytes: out.bytes, ..of.clone() };
-            c.queue(sequence, &so_far.into()).map_err(|e| Over(e.to_string()))?;
-            told = Instant::now();
-        }
-    }
-    // It has said how it ended when the last piece is through.
-    Ok(ended.await.unwrap_or_else(|_| Err("the connection of a workload is lost".into())))
-}
-
-/// Send the pieces of a section as they come. The outer error ends the connection.
-async fn pass_on<S: AsyncRead + AsyncWrite + Unpin>(
-    c: &mut Connection<S>,
-    sequence: u32,
-    of: MorphTransferState,
-    mut pieces: mpsc::Receiver<Piece>,
-    ended: oneshot::Receiver<Result<(), String>>,
-) -> Result<Result<(), String>, Over> {
-    while let Some(Piece { offset, content }) = until_closed(c, pieces.recv()).await? {
-        // One that goes through the daemon is given no window.
-        let Content::Bytes(data) = content else {
-            return Ok(Err("a piece is in a window that there is not".into()));
-        };
-        let piece = MorphTransferState { offset, data: Blob(data), ..of.clone() };
-        c.queue(sequence, &piece.into()).map_err(|e| Over(e.to_string()))?;
-        if c.backlog() >= BACKLOG {
-            c.flush().await.map_err(|e| Over(format!("write: {e}")))?;
-        }
-    }
-    // It has said how it ended when the last piece is through.
-    Ok(ended.await.unwrap_or_else(|_| Err("the connection of a workload is lost".into())))
-}
-
-/// Wait for something while the daemon is there.
-async fn until_closed<S, T>(c: &mut Connection<S>, what: impl Future<Output = T>) -> Result<T, Over>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    tokio::pin!(what);
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut what => return Ok(done),
-            event = c.next() => match event {
-                Event::Closed { detail, .. } => return Err(Over(detail)),
-                Event::Message { message: Message::Bye(_), .. } => return Err(Over("the daemon said goodbye".into())),
-                Event::Message { message, .. } => {
-                    return Err(Over(format!("{} came before the answer to what was asked", message.kind())));
-                }
-                Event::Unreadable { .. } | Event::Open { .. } => {}
-            },
-        }
-    }
-}
-
 /// Ask for the digest of every section, all at once.
-async fn ask_digests(plan: &Plan) -> Result<Vec<Answer>, String> {
+pub(super) async fn ask_digests(plan: &Plan) -> Result<Vec<Answer>, String> {
     let mut asked = vec![];
     for (hook, section) in &plan.sections {
         asked.push(hook.say(Order::Digest { section: section.clone() }).await?);
@@ -271,7 +95,7 @@ async fn ask_digests(plan: &Plan) -> Result<Vec<Answer>, String> {
     Ok(asked)
 }
 
-async fn all_digests(asked: Vec<Answer>) -> Result<Vec<SectionDigest>, String> {
+pub(super) async fn all_digests(asked: Vec<Answer>) -> Result<Vec<SectionDigest>, String> {
     let mut digests = vec![];
     for (section, answer) in (0..).zip(asked) {
         let digest = answer.digest().await?.into();
@@ -280,13 +104,13 @@ async fn all_digests(asked: Vec<Answer>) -> Result<Vec<SectionDigest>, String> {
     Ok(digests)
 }
 
-async fn all(asked: Vec<Answer>) -> Result<(), String> {
+pub(super) async fn all(asked: Vec<Answer>) -> Result<(), String> {
     let answers = join_all(asked.into_iter().map(Answer::get)).await;
     answers.into_iter().collect::<Result<Vec<_>, _>>().map(drop)
 }
 
 /// Say it to several workloads; the answers can be awaited.
-async fn say_all(hooks: &[Arc<Hook>], order: &Order) -> Result<Vec<Answer>, String> {
+pub(super) async fn say_all(hooks: &[Arc<Hook>], order: &Order) -> Result<Vec<Answer>, String> {
     let mut asked = vec![];
     for hook in hooks {
         asked.push(hook.say(order.clone()).await?);
@@ -323,7 +147,7 @@ impl Broker {
             }
         }
         self.lock().plan = Some(plan);
-        MorphNegotiate { sections, reply: reply(Ok(String::new())), ..m }
+        MorphNegotiate { sections, takes_over: true, reply: reply(Ok(String::new())), ..m }
     }
 
     /// Take what the other kernel offers, or say what is missing.
@@ -345,7 +169,7 @@ impl Broker {
                 }
             }
         };
-        MorphNegotiate { reply: reply(outcome), ..m }
+        MorphNegotiate { takes_over: true, reply: reply(outcome), ..m }
     }
 
     fn match_up(&self, wanted: &[Section]) -> Result<Vec<(Arc<Hook>, String)>, String> {
@@ -378,34 +202,13 @@ impl Broker {
         found.ok_or_else(|| format!("section {index} of {} that were agreed on", plan.sections.len()))
     }
 
-    /// Where the pieces of this round go, when not to the daemon.
-    async fn directly(self: &Arc<Self>, m: &MorphTransferState) -> Option<Out> {
-        let reach = self.reach.get().filter(|_| m.peer != 0)?;
-        let before = self.out.lock().await.take().filter(|out| out.is_for(m.token));
-        let connected = match before {
-            Some(out) => Ok(out),
-            None => Out::connect(reach, m.peer, m.morph, m.token, self.frees(m.morph)).await,
-        };
-        match connected {
-            Ok(mut out) => {
-                out.begin();
-                Some(out)
-            }
-            Err(e) => {
-                let text =
-                    format!("state goes through the daemon: instance {} does not take it: {e}", m.peer);
-                kmsg::log(kmsg::ERROR, &text);
-                None
-            }
-        }
-    }
-
-    /// Wait until everything of a round has come from the other kernel.
-    async fn arrives(&self, round: u32) -> Result<(), String> {
+    /// Wait until everything of a round has come from the other kernel, and that many digests.
+    async fn arrives(&self, round: u32, digests: usize) -> Result<Vec<SectionDigest>, String> {
         let mut arrived = self.arrived.subscribe();
-        let there = arrived.wait_for(|a| a.rounds > round || a.over.is_some());
+        let whole = |a: &Arrived| a.rounds > round && a.digests.len() >= digests;
+        let there = arrived.wait_for(|a| whole(a) || a.over.is_some());
         match timeout(ARRIVAL_LIMIT, there).await {
-            Ok(Ok(a)) if a.rounds > round => Ok(()),
+            Ok(Ok(a)) if whole(&a) => Ok(a.digests.clone()),
             // The sender lives in this broker.
             Ok(Ok(a)) => Err(format!("state comes no more: {}", a.over.clone().unwrap_or_default())),
             Ok(Err(_)) => Err("state comes no more".into()),
@@ -442,9 +245,9 @@ impl Broker {
     }
 
     /// The end of a round: every workload has put what it got in place. When the other kernel's workloads stand still,
-    /// what everything has come to.
+    /// what everything has come to. When this kernel is to take over by itself, it does.
     async fn imported(&self, m: MorphTransferState) -> (MorphTransferState, Option<MorphValidate>) {
-        let arrived = if m.direct { self.arrives(m.round).await } else { Ok(()) };
+        let arrived = if m.direct { self.arrives(m.round, 0).await } else { Ok(vec![]) };
         let failed = self.lock().failed.take().or(arrived.err());
         let done = async {
             if let Some(why) = failed {
@@ -456,17 +259,53 @@ impl Broker {
                 asked.push(hook.say(Order::Imported { section: section.clone() }).await?);
             }
             // Said along with that: a workload does both before it is waited for.
-            let digests = if m.freeze { ask_digests(&plan).await? } else { vec![] };
+            let digests = if m.freeze || m.takes_over { ask_digests(&plan).await? } else { vec![] };
             all(asked).await?;
             all_digests(digests).await
         };
         let (digests, done) = match done.await {
-            Ok(digests) => (digests, Ok(String::new())),
+            Ok(digests) => (digests, Ok(())),
             Err(why) => (vec![], Err(why)),
         };
-        let digests =
-            (m.freeze && done.is_ok()).then(|| MorphValidate { morph: m.morph, digests, reply: None });
-        (MorphTransferState { reply: reply(done), ..m }, digests)
+        let ready = match done {
+            Ok(()) if m.takes_over => self.may_take_over(&m, &digests).await,
+            done => done,
+        };
+        let took_over = m.takes_over && m.freeze && ready.is_ok();
+        let served = match took_over {
+            true => all_in_time(self.in_state(&[State::New]), Order::Activate).await,
+            false => ready,
+        };
+        // Who takes over by itself has compared them.
+        let says = m.freeze && !m.takes_over && served.is_ok();
+        let digests = says.then(|| MorphValidate { morph: m.morph, digests, reply: None });
+        (MorphTransferState { took_over, reply: reply(served.map(|()| String::new())), ..m }, digests)
+    }
+
+    /// Whether everything is as it was sent. Then, and unless that was ruled out meanwhile, this kernel is the one that
+    /// serves from now on.
+    async fn may_take_over(&self, m: &MorphTransferState, own: &[SectionDigest]) -> Result<(), String> {
+        if !m.direct {
+            return Err("a kernel takes over by itself when the other one sends directly".into());
+        }
+        let plan = self.plan(m.morph)?;
+        let sent = self.arrives(m.round, plan.sections.len()).await?;
+        // A rehearsal: what the workload does meanwhile makes them differ.
+        if !m.freeze {
+            return Ok(());
+        }
+        for (index, (hook, section)) in plan.sections.iter().enumerate() {
+            if sent.get(index).is_none_or(|sent| own.get(index) != Some(sent)) {
+                return Err(format!("section {}/{section} differs from what was sent", hook.name));
+            }
+        }
+        let mut inner = self.lock();
+        // It is forgotten with the morph.
+        if inner.plan.as_ref().is_none_or(|p| p.morph != m.morph) {
+            return Err(format!("morph {} was rolled back meanwhile", m.morph));
+        }
+        inner.stage = Stage::Serves;
+        Ok(())
     }
 
     /// Say what everything here has come to.
@@ -477,31 +316,6 @@ impl Broker {
             Err(why) => (vec![], Err(why)),
         };
         MorphValidate { digests, reply: reply(done), ..m }
-    }
-
-    /// Have everybody stand still whose state goes.
-    async fn freeze(&self, plan: &Plan) -> Result<Vec<Answer>, String> {
-        self.set(Stage::Frozen);
-        say_all(&plan.hooks(), &Order::Freeze).await
-    }
-
-    /// Have the workloads change their state more slowly; by how much all of them do, and why that is not more.
-    async fn throttle(&self, plan: &Plan, percent: u8) -> (Option<u8>, String) {
-        self.lock().throttled |= percent > 0;
-        let order = Order::Throttle { percent: percent.min(THROTTLE_LIMIT) };
-        let one = async |hook: &Hook| {
-            let done = async { hook.say(order.clone()).await?.get().await.map(drop) };
-            let late = || Err(format!("workload {}, {order}: no answer within {ANSWER_LIMIT:?}", hook.name));
-            match hook.throttles {
-                true => timeout(ANSWER_LIMIT, done).await.unwrap_or_else(|_| late()),
-                false if percent == 0 => Ok(()),
-                false => Err(format!("workload {} does not know how to be throttled", hook.name)),
-            }
-        };
-        let hooks = plan.hooks();
-        let told = join_all(hooks.iter().map(|hook| one(hook))).await;
-        let why = told.into_iter().filter_map(Result::err).collect::<Vec<_>>().join("; ");
-        (Some(if why.is_empty() { percent } else { 0 }), why)
     }
 
     fn in_state(&self, states: &[State]) -> Vec<Arc<Hook>> {
@@ -531,7 +345,14 @@ impl Broker {
             // Also those that were being frozen when the daemon turned away: they are told after that.
             all_in_time(self.in_state(&[State::Active, State::Frozen]), Order::Thaw).await
         } else {
-            self.lock().plan = None;
+            {
+                let mut inner = self.lock();
+                if inner.stage == Stage::Serves {
+                    return MorphRollback { took_over: true, reply: reply(Ok(String::new())), ..m };
+                }
+                // From now on it never takes over.
+                inner.plan = None;
+            }
             all_in_time(self.in_state(&[State::New]), Order::Discard).await
         };
         let reply = reply(done.map(|()| String::new()));

@@ -18,7 +18,7 @@ use kmp::session::Event;
 use tokio::io::DuplexStream;
 
 use super::hook::introduce;
-use super::{Broker, Over, is_morph, serve};
+use super::{Broker, Over, Reach, is_morph, serve};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -375,6 +375,191 @@ async fn a_rolled_back_morph_changes_nothing_for_the_clients_of_the_old_kernel()
     })
     .await;
     new.is(State::New).await;
+}
+
+/// Two kernels of a morph whose pieces go from the old one to the new one: everything is there but what changes from now
+/// on.
+async fn nearly_there(dir: &tempfile::TempDir) -> (Kernel, Kernel, u64) {
+    let (mut old, mut new) = (kernel().await, kernel().await);
+    for (kernel, id) in [(&old, 1), (&new, 2)] {
+        kernel.broker.reaches(Reach::Folder(dir.path().to_owned(), id));
+    }
+    old.broker.serves();
+    old.is(State::Active).await;
+    let offers = old.ask(MorphNegotiate { morph: 7, ..Default::default() }).await;
+    let Message::MorphNegotiate(MorphNegotiate { takes_over: true, sections, .. }) = offers else {
+        panic!("{offers:?}")
+    };
+    let capabilities = vec![kmp::message::DIRECT.to_owned()];
+    let agreed = new.ask(MorphNegotiate { morph: 7, capabilities, sections, ..Default::default() }).await;
+    let Message::MorphNegotiate(MorphNegotiate { takes_over: true, token, .. }) = agreed else {
+        panic!("{agreed:?}")
+    };
+    assert_ne!(token, 0);
+    // A rehearsal: the old one goes on.
+    let first = MorphTransferState { morph: 7, peer: 2, token, takes_over: true, ..Default::default() };
+    assert!(old.end(first).await.direct);
+    let end =
+        MorphTransferState { morph: 7, last: true, direct: true, takes_over: true, ..Default::default() };
+    let rehearsed = new.end(end).await;
+    assert!(rehearsed.reply.unwrap().ok && !rehearsed.took_over);
+    assert_eq!((old.service.state(), new.service.state()), (State::Active, State::New));
+    (old, new, token)
+}
+
+impl Kernel {
+    /// The end of a round.
+    async fn end(&mut self, asked: MorphTransferState) -> MorphTransferState {
+        match self.ask(asked).await {
+            Message::MorphTransferState(m) if m.last => m,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Have it take over as soon as it has everything.
+    fn takes_over(&mut self) -> impl Future<Output = MorphTransferState> {
+        let (morph, round, yes) = (7, 1, true);
+        self.end(MorphTransferState {
+            morph,
+            round,
+            last: yes,
+            direct: yes,
+            freeze: yes,
+            takes_over: yes,
+            ..Default::default()
+        })
+    }
+
+    /// Have it hand over to the other one.
+    fn hands_over(&mut self, token: u64) -> impl Future<Output = MorphTransferState> {
+        let (morph, round, peer, yes) = (7, 1, 2, true);
+        self.end(MorphTransferState {
+            morph,
+            round,
+            peer,
+            token,
+            freeze: yes,
+            takes_over: yes,
+            ..Default::default()
+        })
+    }
+
+    /// Have it forget: whether it had taken over.
+    async fn forgets(&mut self) -> bool {
+        match self.ask(MorphRollback { morph: 7, ..Default::default() }).await {
+            Message::MorphRollback(m) => {
+                assert!(m.reply.unwrap().ok);
+                m.took_over
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_takes_over_by_itself_when_it_has_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut old, mut new, token) = nearly_there(&dir).await;
+    // What it comes to is not what it came to in the rehearsal.
+    let service = old.service.clone();
+    blocking(move || assert_eq!(Client::new(&service, 5).ask(&[1]), [1])).await;
+    let (took, gave) = tokio::join!(new.takes_over(), old.hands_over(token));
+    assert!(took.took_over && took.reply.unwrap().ok);
+    assert!(gave.direct && gave.reply.unwrap().ok);
+    new.is(State::Active).await;
+    old.is(State::Frozen).await;
+    // Whoever asks is told, also another daemon, and it goes on.
+    new.daemon = daemon(&new.broker).await;
+    assert!(new.forgets().await);
+    new.is(State::Active).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_was_told_to_forget_never_takes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut old, mut new, token) = nearly_there(&dir).await;
+    // Another daemon asks before everything is there.
+    let mut asks = Kernel { daemon: daemon(&new.broker).await, ..kernel().await };
+    let waits = tokio::spawn(async move {
+        let took = new.takes_over().await;
+        (new, took)
+    });
+    assert!(!asks.forgets().await);
+    let gave = old.hands_over(token).await;
+    let (new, took) = waits.await.unwrap();
+    let why = took.reply.unwrap().detail;
+    assert!(!took.took_over && why.contains("morph 7"), "{why}");
+    assert!(gave.last);
+    new.is(State::New).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_has_something_else_does_not_take_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut old, mut new, token) = nearly_there(&dir).await;
+    // A page that nobody sent it.
+    let mut page = 0u64.to_le_bytes().to_vec();
+    page.extend([7; 4096]);
+    let piece = MorphTransferState { morph: 7, round: 1, data: page.into(), ..Default::default() };
+    new.daemon.queue(0, &piece.into()).unwrap();
+    let (took, _) = tokio::join!(new.takes_over(), old.hands_over(token));
+    let why = took.reply.unwrap().detail;
+    assert!(!took.took_over && why.contains("section cells/memory differs from what was sent"), "{why}");
+    new.is(State::New).await;
+    assert!(!new.forgets().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_does_not_take_over_what_is_not_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, mut new, _) = nearly_there(&dir).await;
+    // The other kernel is gone before it sends the end.
+    let took = tokio::spawn(async move {
+        let took = new.takes_over().await;
+        (new, took)
+    });
+    old.broker.let_go();
+    let (new, took) = took.await.unwrap();
+    let why = took.reply.unwrap().detail;
+    assert!(!took.took_over && why.contains("state comes no more"), "{why}");
+    new.is(State::New).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_digest_that_cannot_be_made_ends_the_round_in_words() {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let dir = tempfile::tempdir().unwrap();
+    let (new, mut old) = (kernel().await, kernel().await);
+    for (kernel, id) in [(&old, 1), (&new, 2)] {
+        kernel.broker.reaches(Reach::Folder(dir.path().to_owned(), id));
+    }
+    let token = new.broker.take_directly(7);
+    let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let mut ours = BufReader::new(ours);
+    let hello =
+        "hello version=1 name=odd state=active\nsection name=s version=1 size=1 compatible=c\nready\n";
+    ours.write_all(hello.as_bytes()).await.unwrap();
+    let introduced = introduce(theirs).await.unwrap();
+    old.broker.enter(introduced.hook());
+    tokio::spawn(introduced.run());
+    tokio::spawn(async move {
+        let mut line = String::new();
+        while ours.read_line(&mut line).await.unwrap() > 0 {
+            let answer = match line.split([' ', '\n']).next().unwrap() {
+                "export" => "done\n",
+                "digest" => "error no digest\n",
+                _ => "ok\n",
+            };
+            ours.write_all(answer.as_bytes()).await.unwrap();
+            line.clear();
+        }
+    });
+    let (offered, _) = old.negotiate(vec![]).await;
+    assert_eq!(offered[0].name, "odd/s");
+    let gave = old.hands_over(token).await.reply.unwrap();
+    assert!(!gave.ok && gave.detail.contains("no digest"), "{gave:?}");
+    // The agent is as good as before.
+    assert!(old.roll_back(true).await.ok);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -162,14 +162,13 @@ impl<'a> Agent<'a> {
         writeln!(self.writer, "{report}")
     }
 
-    /// Answer an order: at once, or with the answers to those that have come already. Whether it was sent.
-    pub(crate) fn answer(&mut self, report: &Report, at_once: bool) -> Result<bool, Trouble> {
+    /// Answer an order, with the answers to those that have come already.
+    pub(crate) fn answer(&mut self, report: &Report) -> Result<(), Trouble> {
         self.say(report)?;
-        let now = at_once || self.is_waited_for()?;
-        if now {
+        if self.is_waited_for()? {
             self.flush()?;
         }
-        Ok(now)
+        Ok(())
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {

@@ -92,9 +92,6 @@ pub trait Workload: Sync {
         }
     }
 
-    /// The answer to the latest order was sent, or the agent is lost: what others wait for can go on.
-    fn answered(&self) {}
-
     /// The pieces since the last call belong together and are all there.
     fn imported(&self, section: &str) -> Result<(), String>;
 }
@@ -174,7 +171,6 @@ fn obey(workload: &dyn Workload, stream: &UnixStream, address: &str) -> Result<(
             Ok(None) => return Ok(()),
             Err(trouble) => return Err(trouble.of(address)),
         };
-        let freezes = order == Order::Freeze;
         let done = match order {
             // The agent's end of the connection has them already.
             Order::Import { .. } | Order::Freed { .. } => continue,
@@ -207,13 +203,8 @@ fn obey(workload: &dyn Workload, stream: &UnixStream, address: &str) -> Result<(
             }
         };
         let report = done.unwrap_or_else(Report::Error);
-        // Orders that are there already are answered together; only when it stood still is told at once.
-        let answered = agent.answer(&report, freezes);
-        // An agent that is lost takes no answer; the order is carried out all the same.
-        if !matches!(answered, Ok(false)) {
-            workload.answered();
-        }
-        answered.map_err(|trouble| trouble.of(address))?;
+        // Orders that are there already are answered together.
+        agent.answer(&report).map_err(|trouble| trouble.of(address))?;
     }
 }
 

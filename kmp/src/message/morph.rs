@@ -59,6 +59,9 @@ pub struct MorphNegotiate {
     /// How long to wait for workloads that are still starting, milliseconds.
     #[serde(skip_serializing_if = "is_zero")]
     pub wait_ms: u64,
+    /// In the answer: this side knows how the new kernel takes over by itself, see [`MorphTransferState::takes_over`].
+    #[serde(skip_serializing_if = "is_zero")]
+    pub takes_over: bool,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,
@@ -116,6 +119,14 @@ pub struct MorphTransferState {
     /// In the end of a round that froze the workload: how long that took, nanoseconds.
     #[serde(skip_serializing_if = "is_zero")]
     pub froze_ns: u64,
+    /// With `freeze`, to who sends: the digests go to the other kernel, too, and only a round that is whole is ended
+    /// there. To who takes: take over as soon as everything is in place and has these digests, without another word.
+    /// Without `freeze` it is a rehearsal.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub takes_over: bool,
+    /// In the answer of who takes: it has taken over. When the reply is not ok its workloads do not serve yet.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub took_over: bool,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,
@@ -169,6 +180,9 @@ pub struct MorphRollback {
     pub reason: String,
     /// This kernel is the one that goes on: its workloads are thawed. The other's forget what they received.
     pub serves: bool,
+    /// In the answer of a kernel that is to forget: it has taken over, and forgets nothing. Otherwise it never will.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub took_over: bool,
     /// Set in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<Reply>,

@@ -148,14 +148,15 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     compatible,
                 })
                 .collect();
-            let (token, window, wait_ms) = (morph / 3, morph / 5, morph / 2);
-            MorphNegotiate { morph, capabilities, token, window, sections, wait_ms, reply }.into()
+            let (token, window, wait_ms, takes_over) = (morph / 3, morph / 5, morph / 2, morph % 2 == 1);
+            MorphNegotiate { morph, capabilities, token, window, sections, wait_ms, takes_over, reply }.into()
         }),
         (any::<(u64, u32, u32, u64, bool, bool, Option<u8>)>(), any::<(u16, u64, bool)>(), blob(), reply())
             .prop_map(|(n, (peer, token, direct), data, reply)| {
                 let (morph, round, section, offset, last, freeze, throttle) = n;
                 let (froze_ns, bytes, sent) = (offset, offset / 2, token / 2);
                 let (window, shared) = (token / 3, offset / 3);
+                let (takes_over, took_over) = (freeze && direct, freeze && token % 2 == 1);
                 MorphTransferState {
                     morph,
                     round,
@@ -173,6 +174,8 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     bytes,
                     sent,
                     froze_ns,
+                    takes_over,
+                    took_over,
                     reply,
                 }
                 .into()
@@ -184,7 +187,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         }
         .into()),
         (any::<(u64, bool)>(), ".{0,20}", reply()).prop_map(|((morph, serves), reason, reply)| {
-            MorphRollback { morph, reason, serves, reply }.into()
+            MorphRollback { morph, reason, serves, took_over: !serves && morph % 2 == 1, reply }.into()
         }),
     ];
     let fault = prop_oneof![

@@ -95,11 +95,14 @@ impl Morph {
             }
             Phase::Growing => out.push(Action::Grow),
             Phase::RollingBack => out.push(Action::Undo),
+            Phase::Taken => out.push(Action::WriteDown),
+            Phase::Freezing | Phase::Withdrawing => {
+                m.withdraw("the supervisor was restarted".into(), &mut out)
+            }
             Phase::Preparing
             | Phase::Negotiating
             | Phase::Transferring
             | Phase::Validating
-            | Phase::Freezing
             | Phase::Recording => m.undo("the supervisor was restarted".into(), &mut out),
         }
         (m, out)
@@ -138,7 +141,13 @@ impl Morph {
                 );
                 out.extend([Action::Disarm, Action::Record]);
             }
-            Event::Recorded if self.phase == Phase::Recording => {
+            Event::Taken if self.phase == Phase::Freezing => self.taken(&mut out),
+            Event::TakenAlready if self.phase == Phase::Withdrawing => self.taken(&mut out),
+            Event::Withdrawn if matches!(self.phase, Phase::Withdrawing | Phase::Taken) => {
+                let why = std::mem::take(&mut self.why);
+                self.undo(why, &mut out);
+            }
+            Event::Recorded if matches!(self.phase, Phase::Recording | Phase::Taken) => {
                 self.enter(Phase::Committing, "it is decided: the new kernel takes over", &mut out);
                 out.push(Action::Activate);
             }
@@ -180,7 +189,7 @@ impl Morph {
             Event::NewGone(why) => self.gone(true, format!("the new kernel is gone: {why}"), &mut out),
             Event::Timeout if self.is_timed() => {
                 let text = format!("{} took longer than {:?}", self.phase.name(), self.limits.phase);
-                self.undo(text, &mut out);
+                self.give_up(text, &mut out);
             }
             // Late answers of what is not under way any more.
             Event::Ready
@@ -188,6 +197,9 @@ impl Morph {
             | Event::Round(_)
             | Event::Valid
             | Event::Frozen
+            | Event::Taken
+            | Event::TakenAlready
+            | Event::Withdrawn
             | Event::Recorded
             | Event::NotRecorded(_)
             | Event::RecordUnknown
@@ -225,10 +237,10 @@ impl Morph {
                 self.enter(Phase::Preparing, "starting the new kernel", out);
                 out.push(Action::Start);
             }
-            Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
+            Phase::Taken | Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
                 out.push(Action::Refuse(BEING_DECIDED));
             }
-            Phase::RollingBack => out.push(Action::Refuse(GOING_BACK)),
+            Phase::Withdrawing | Phase::RollingBack => out.push(Action::Refuse(GOING_BACK)),
             _ if goal == Goal::Prepare => {
                 out.push(Action::Refuse("a morph is under way: commit it or roll it back"))
             }
@@ -252,11 +264,11 @@ impl Morph {
     fn cancel(&mut self, why: String, out: &mut Vec<Action>) {
         match self.phase {
             Phase::Idle => out.push(Action::Refuse("no morph is under way")),
-            Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
+            Phase::Taken | Phase::Recording | Phase::Committing | Phase::Growing | Phase::Returning => {
                 out.push(Action::Refuse(BEING_DECIDED));
             }
-            Phase::RollingBack => {}
-            _ => self.undo(why, out),
+            Phase::Withdrawing | Phase::RollingBack => {}
+            _ => self.give_up(why, out),
         }
     }
 
@@ -350,6 +362,9 @@ impl Morph {
             Phase::Idle | Phase::Prepared | Phase::Validated => {}
             // Only the store says how this ends.
             Phase::Recording => {}
+            // These have no other end than their own.
+            Phase::Withdrawing => out.push(Action::Withdraw),
+            Phase::Taken => out.push(Action::WriteDown),
             // The instance is the new kernel: whatever is wrong with it is its own recovery's work.
             Phase::Committing | Phase::Returning => {
                 out.push(Action::Alert(format!(
@@ -368,19 +383,25 @@ impl Morph {
                 let detail = format!("the old kernel goes on: {text}; the new one is left: {why}");
                 self.finish(detail, Outcome::RolledBack(text), out);
             }
-            _ => self.undo(why, out),
+            _ => self.give_up(why, out),
         }
     }
 
     fn gone(&mut self, new: bool, why: String, out: &mut Vec<Action>) {
         match self.phase {
             // What is done or decided does not need that kernel any more, or finds out by itself.
-            Phase::Idle | Phase::Recording | Phase::Committing | Phase::Returning | Phase::RollingBack => {}
+            Phase::Idle
+            | Phase::Withdrawing
+            | Phase::Taken
+            | Phase::Recording
+            | Phase::Committing
+            | Phase::Returning
+            | Phase::RollingBack => {}
             Phase::Growing if new => {
                 self.finish(format!("{why}; the next one starts with everything"), Outcome::Committed, out);
             }
             Phase::Growing => {}
-            _ => self.undo(why, out),
+            _ => self.give_up(why, out),
         }
     }
 
@@ -396,6 +417,30 @@ impl Morph {
             }
         };
         self.finish(detail, Outcome::Committed, out);
+    }
+
+    fn give_up(&mut self, why: String, out: &mut Vec<Action>) {
+        match self.phase {
+            Phase::Freezing => self.withdraw(why, out),
+            _ => self.undo(why, out),
+        }
+    }
+
+    /// The new kernel may have taken over: that is found out first.
+    fn withdraw(&mut self, why: String, out: &mut Vec<Action>) {
+        self.enter(Phase::Withdrawing, format!("{why}: seeing that the new kernel does not take over"), out);
+        self.why = why;
+        out.extend([Action::Disarm, Action::Withdraw]);
+    }
+
+    fn taken(&mut self, out: &mut Vec<Action>) {
+        self.enter(
+            Phase::Taken,
+            "the new kernel has the whole state and has taken over: writing the commit record",
+            out,
+        );
+        self.why = "the new kernel was lost before that was written down".into();
+        out.extend([Action::Disarm, Action::WriteDown]);
     }
 
     fn undo(&mut self, why: String, out: &mut Vec<Action>) {

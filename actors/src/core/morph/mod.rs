@@ -5,6 +5,11 @@
 //! back to the old kernel, after it everything goes forward to the new one. There is one way back from it: a new
 //! kernel that is stopped before it has served anybody leaves the whole state with the old one, and a second record
 //! says so.
+//!
+//! So that nobody waits for a disk while the workload stands still, the decision can be handed over: what is written down
+//! before the freeze then says that the new kernel may take over by itself, which it does when it has everything. Whoever
+//! gives such a morph up has to find out first whether it did, and sees to it that it never will. When it did, the commit
+//! record is written after that, and there is no way back from there.
 
 mod machine;
 #[cfg(test)]
@@ -39,6 +44,10 @@ pub enum Phase {
     Validated,
     /// The old workload stands still; its last changes are copied and checked.
     Freezing,
+    /// It is to be given up, and the new kernel may have taken over by itself.
+    Withdrawing,
+    /// The new kernel has taken over by itself: the commit record is being written, however long that takes.
+    Taken,
     /// The commit record is being written. Whether it is cannot be known before that has ended.
     Recording,
     /// The commit record is written: the new kernel takes over.
@@ -53,7 +62,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Phase; 13] = [
+    pub const ALL: [Phase; 15] = [
         Phase::Idle,
         Phase::Preparing,
         Phase::Prepared,
@@ -62,6 +71,8 @@ impl Phase {
         Phase::Validating,
         Phase::Validated,
         Phase::Freezing,
+        Phase::Withdrawing,
+        Phase::Taken,
         Phase::Recording,
         Phase::Committing,
         Phase::Growing,
@@ -77,9 +88,9 @@ impl Phase {
             Phase::Negotiating => "MORPH_NEGOTIATING",
             Phase::Transferring => "MORPH_TRANSFERRING",
             Phase::Validating | Phase::Validated | Phase::Freezing => "MORPH_VALIDATING",
-            Phase::Recording | Phase::Committing => "COMMITTING",
+            Phase::Taken | Phase::Recording | Phase::Committing => "COMMITTING",
             Phase::Growing => "MORPH_GROWING",
-            Phase::Returning | Phase::RollingBack => "ROLLING_BACK",
+            Phase::Withdrawing | Phase::Returning | Phase::RollingBack => "ROLLING_BACK",
         }
     }
 
@@ -119,6 +130,12 @@ pub enum Event {
     Valid,
     /// The old workload stands still, and the new kernel has its state, which is right.
     Frozen,
+    /// The same, and the new kernel has taken over by itself.
+    Taken,
+    /// It was to be given up, and the new kernel had taken over.
+    TakenAlready,
+    /// The new kernel has not taken over, and never will.
+    Withdrawn,
     /// The commit record is written.
     Recorded,
     /// It certainly is not; why.
@@ -227,8 +244,13 @@ pub enum Action {
         /// Before that let the workload go on unhindered: nobody knows how long the operator thinks.
         lift: bool,
     },
-    /// Hold the traffic, freeze the workload, copy the last changes, check them.
+    /// Hold the traffic, freeze the workload, copy the last changes, check them. When the decision was handed over the new
+    /// kernel takes over then.
     Freeze,
+    /// Find out whether the new kernel has taken over by itself, and see to it that it never does when it has not.
+    Withdraw,
+    /// The new kernel serves: write the commit record, however long that takes.
+    WriteDown,
     /// Write the commit record: from it on the instance is the new kernel.
     Record,
     /// See whether the commit record is there.

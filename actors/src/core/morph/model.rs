@@ -49,6 +49,10 @@ struct World {
     served: bool,
     /// The instance was given back.
     returned: bool,
+    /// The decision is handed over to the new kernel in this morph.
+    hands_over: bool,
+    /// The new kernel takes over by itself when it has everything, which it may have from now on.
+    armed: bool,
     /// The old kernel's workload is held back.
     held: bool,
     /// The new kernel has CPUs and memory of the old one.
@@ -68,6 +72,10 @@ enum Move {
     Do,
     /// The new kernel is active, the old one is not retired yet.
     Activate,
+    /// The new kernel takes over by itself.
+    TakeOver,
+    /// The new kernel is gone before it is written down that it took over.
+    Abandon,
     /// The new kernel is gone, the old one is not thawed yet.
     Remove,
     /// It is reported.
@@ -122,6 +130,8 @@ impl World {
                 | Action::Transfer { .. }
                 | Action::Validate { .. }
                 | Action::Freeze
+                | Action::Withdraw
+                | Action::WriteDown
                 | Action::Record
                 | Action::LookUpRecord
                 | Action::Activate
@@ -154,8 +164,18 @@ impl World {
             Action::Transfer { throttle, .. } => self.held = *throttle > 0 && self.old == Old::Serving,
             Action::Validate { lift: true } => self.held = false,
             // One that stands still is not held back: when it goes on, it goes on unhindered.
-            Action::Freeze if self.old == Old::Serving => (self.old, self.held) = (Old::Frozen, false),
-            Action::Record => {
+            Action::Freeze if self.old == Old::Serving => {
+                (self.old, self.held) = (Old::Frozen, false);
+                self.armed = self.hands_over && self.new == New::Up;
+            }
+            Action::Withdraw => {
+                self.armed = false;
+                // One that did not take over is stopped.
+                if self.new == New::Up {
+                    self.new = New::Dead;
+                }
+            }
+            Action::Record | Action::WriteDown => {
                 self.decided = true;
                 // Written together with the record.
                 self.journal.phase = Phase::Committing;
@@ -176,7 +196,7 @@ impl World {
                 self.journal.phase = Phase::RollingBack;
             }
             Action::Undo => {
-                self.new = New::None;
+                (self.new, self.armed) = (New::None, false);
                 self.held = false;
                 if self.old == Old::Frozen {
                     self.old = Old::Serving;
@@ -203,8 +223,12 @@ impl World {
                 Event::Round(Round { bytes: 1, took, throttled: *throttle })
             }
             Action::Validate { .. } => Event::Valid,
-            Action::Freeze => Event::Frozen,
-            Action::Record => Event::Recorded,
+            Action::Freeze if !self.hands_over => Event::Frozen,
+            Action::Freeze if self.new == New::Active => Event::Taken,
+            Action::Freeze => Event::Failed(String::new()),
+            Action::Withdraw if self.new == New::Active => Event::TakenAlready,
+            Action::Withdraw => Event::Withdrawn,
+            Action::Record | Action::WriteDown => Event::Recorded,
             Action::LookUpRecord if self.decided => Event::Recorded,
             Action::LookUpRecord => Event::NotRecorded(String::new()),
             Action::Activate if self.new == New::Active => Event::Grows,
@@ -224,22 +248,26 @@ impl Model for Rules {
     type Action = Move;
 
     fn init_states(&self) -> Vec<World> {
-        vec![World {
-            daemon: Some(Morph::new(LIMITS)),
-            journal: Saved::default(),
-            decided: false,
-            unwritten: None,
-            next: None,
-            work: None,
-            old: Old::Serving,
-            new: New::None,
-            served: false,
-            returned: false,
-            held: false,
-            grown: false,
-            faults: 3,
-            wishes: 4,
-        }]
+        [false, true]
+            .map(|hands_over| World {
+                daemon: Some(Morph::new(LIMITS)),
+                journal: Saved::default(),
+                decided: false,
+                unwritten: None,
+                next: None,
+                work: None,
+                old: Old::Serving,
+                new: New::None,
+                served: false,
+                returned: false,
+                hands_over,
+                armed: false,
+                held: false,
+                grown: false,
+                faults: 3,
+                wishes: 4,
+            })
+            .into()
     }
 
     fn actions(&self, w: &World, moves: &mut Vec<Move>) {
@@ -257,7 +285,16 @@ impl Model for Rules {
                 moves.push(Move::Timeout);
             }
             if let Some(work) = &w.work {
-                moves.push(if work.done { Move::Report } else { Move::Do });
+                // Who waits for the new kernel to take over waits until it did, or cannot any more.
+                let waits = work.what == Action::Freeze && w.armed && w.new == New::Up;
+                match work.done {
+                    true if waits => {}
+                    true => moves.push(Move::Report),
+                    false => moves.push(Move::Do),
+                }
+                if !work.done && work.what == Action::WriteDown && w.new == New::Dead {
+                    moves.push(Move::Abandon);
+                }
                 // The new one is active, the old one does not know yet.
                 if !work.done && work.what == Action::Activate && w.new == New::Up {
                     moves.push(Move::Activate);
@@ -267,7 +304,12 @@ impl Model for Rules {
                 }
                 let certain = matches!(
                     work.what,
-                    Action::LookUpRecord | Action::Undo | Action::Activate | Action::GiveBack
+                    Action::LookUpRecord
+                        | Action::Undo
+                        | Action::Activate
+                        | Action::GiveBack
+                        | Action::Withdraw
+                        | Action::WriteDown
                 );
                 if w.faults > 0 && !certain {
                     moves.push(if work.what == Action::Record { Move::LoseRecord } else { Move::Fail });
@@ -284,6 +326,9 @@ impl Model for Rules {
         }
         if w.faults > 0 && matches!(w.new, New::Up | New::Active) {
             moves.push(Move::NewDies);
+        }
+        if w.armed && w.new == New::Up {
+            moves.push(Move::TakeOver);
         }
         let idle = w.daemon.as_ref().is_some_and(|m| m.phase() == Phase::Idle) && w.work.is_none();
         if idle && w.serving() == 0 {
@@ -320,6 +365,8 @@ impl Model for Rules {
                 w.work = Some(Work { what, done: true });
             }
             Move::Activate => (w.new, w.served) = (New::Active, true),
+            Move::TakeOver => (w.new, w.served) = (New::Active, true),
+            Move::Abandon => w.answered(Event::Withdrawn),
             Move::Remove => w.new = New::None,
             Move::Report => {
                 let what = w.work.take()?.what;
@@ -359,7 +406,16 @@ impl Model for Rules {
             Property::always("the record is final", |_, w: &World| {
                 !w.decided || !matches!(w.old, Old::Serving)
             }),
-            Property::always("nobody takes over before it", |_, w: &World| w.decided || w.new != New::Active),
+            Property::always("nobody takes over before it, unless whoever goes on asks", |_, w: &World| {
+                let asks = matches!(w.journal.phase, Phase::Freezing | Phase::Withdrawing | Phase::Taken);
+                w.decided || w.new != New::Active || (w.armed || w.served) && asks
+            }),
+            Property::sometimes("a kernel that takes over by itself", |_, w: &World| {
+                w.new == New::Active && !w.decided && w.faults == 3
+            }),
+            Property::sometimes("one that had when the daemon was started anew", |_, w: &World| {
+                w.decided && w.faults == 2 && w.armed && w.old == Old::Retired && w.new == New::Active
+            }),
             Property::always("it always goes on", |_, w: &World| {
                 let Some(m) = &w.daemon else { return true };
                 let resting = m.phase() == Phase::Idle || m.phase().waits();

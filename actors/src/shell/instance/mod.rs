@@ -314,6 +314,11 @@ impl Instance {
         *self.record() = record;
     }
 
+    /// Whether another kernel may have taken over from this one by itself, and nobody knows yet.
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.record().morph.as_ref().is_some_and(|m| m.handed_over)
+    }
+
     /// What is remembered of it.
     pub(crate) fn record(&self) -> MutexGuard<'_, InstanceRecord> {
         // A panic between two assignments leaves a record that resuming corrects by looking at the platform.

@@ -23,9 +23,15 @@ pub(super) struct Hand {
     /// through a conversation.
     pub(super) lines: Option<Lines>,
     pub(super) parted: Option<Parted>,
+    /// The new kernel has taken over by itself: there is no way back.
+    pub(super) taken: bool,
+    /// It has, and does not serve; why.
+    pub(super) stuck: Option<String>,
     /// The workload stands still since then, and what came after that.
     still: Option<(Instant, BlackoutView)>,
     marked: Duration,
+    /// The workload serves again.
+    over: bool,
     /// What was copied, for reports.
     pub(super) transfer: Option<TransferView>,
     /// The round under way.
@@ -51,11 +57,11 @@ impl Hand {
     pub(super) fn begin_blackout(&mut self) {
         let began_unix_us = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, us);
         self.still = Some((Instant::now(), BlackoutView { began_unix_us, ..BlackoutView::default() }));
-        self.marked = Duration::ZERO;
+        (self.marked, self.over) = (Duration::ZERO, false);
     }
 
     /// It stands still, and the new kernel has all of its state.
-    pub(super) fn last(&mut self, last: Last) {
+    pub(super) fn last(&mut self, last: &Last) {
         if let Some((since, b)) = &mut self.still {
             (b.freeze_us, b.copy_us, b.check_us) = (us(last.froze), us(last.copied), us(last.checked));
             b.bytes = last.bytes;
@@ -63,9 +69,25 @@ impl Hand {
         }
     }
 
-    /// Time since the mark before this one.
+    /// The new kernel took over by itself, so long after the workload was told to stand still.
+    pub(super) fn took_over(&mut self, after: Duration, last: &Last) {
+        if let Some((_, b)) = &mut self.still {
+            let copied = last.copied.min(after.saturating_sub(last.froze));
+            (b.freeze_us, b.copy_us, b.bytes) = (us(last.froze), us(copied), last.bytes);
+            b.activate_us = us(after.saturating_sub(last.froze + copied));
+            b.total_us = us(after);
+        }
+        (self.taken, self.over) = (true, true);
+    }
+
+    /// How long the workload stands still so far.
+    pub(super) fn still_for(&self) -> Duration {
+        self.still.as_ref().map_or(Duration::ZERO, |(since, _)| since.elapsed())
+    }
+
+    /// Time since the mark before this one, as long as the workload stands still.
     pub(super) fn mark(&mut self, set: impl FnOnce(&mut BlackoutView, u64)) {
-        if let Some((since, blackout)) = &mut self.still {
+        if let Some((since, blackout)) = self.still.as_mut().filter(|_| !self.over) {
             let now = since.elapsed();
             set(blackout, us(now.saturating_sub(self.marked)));
             blackout.total_us = us(now);

@@ -31,6 +31,8 @@ pub(super) enum Trouble {
     Lost(String),
     /// The agent says no.
     Refused(String),
+    /// The new kernel has taken over, and its workload does not serve.
+    Stuck(String),
     /// The agent does not know such messages.
     Unsupported,
 }
@@ -38,7 +40,7 @@ pub(super) enum Trouble {
 impl Trouble {
     pub(super) fn text(self) -> String {
         match self {
-            Trouble::Lost(why) | Trouble::Refused(why) => why,
+            Trouble::Lost(why) | Trouble::Refused(why) | Trouble::Stuck(why) => why,
             Trouble::Unsupported => "the agent knows nothing of morphs".into(),
         }
     }
@@ -160,10 +162,21 @@ impl Line {
 
     /// The old kernel goes on, and the new one forgets.
     pub(super) async fn roll_back(&mut self, morph: u64, reason: &str, serves: bool) -> Result<(), Trouble> {
-        let rollback = MorphRollback { morph, reason: reason.to_owned(), serves, reply: None };
+        let rollback = MorphRollback { morph, reason: reason.to_owned(), serves, ..Default::default() };
         let request = self.send(&rollback.into())?;
         match self.next(request).await? {
             Message::MorphRollback(m) => self.judge(m.reply),
+            other => Err(self.out_of_place(&other)),
+        }
+    }
+
+    /// The new kernel forgets, unless it has taken over: whether it has.
+    pub(super) async fn withdraw(&mut self, morph: u64, reason: &str) -> Result<bool, Trouble> {
+        let rollback = MorphRollback { morph, reason: reason.to_owned(), ..Default::default() };
+        let request = self.send(&rollback.into())?;
+        match self.next(request).await? {
+            Message::MorphRollback(m) if m.took_over => Ok(true),
+            Message::MorphRollback(m) => self.judge(m.reply).map(|()| false),
             other => Err(self.out_of_place(&other)),
         }
     }
@@ -206,6 +219,8 @@ pub(super) struct Last {
     pub(super) copied: Duration,
     /// Until they were found to be right.
     pub(super) checked: Duration,
+    /// The new kernel has taken over.
+    pub(super) taken: bool,
 }
 
 /// What a round came to.
@@ -245,6 +260,8 @@ pub(super) struct Lines {
     direct: bool,
     /// Key of the memory pieces are put into; 0: none.
     window: u64,
+    /// Both agents know how the new kernel takes over by itself.
+    hands_over: bool,
     live: Live,
 }
 
@@ -272,6 +289,7 @@ impl Lines {
             token: 0,
             direct: false,
             window: 0,
+            hands_over: false,
             live,
         })
     }
@@ -284,7 +302,8 @@ impl Lines {
 
     /// Ask the old kernel what it has.
     pub(super) async fn offers(&mut self) -> Result<(), Trouble> {
-        self.sections = self.old.negotiate(self.morph, vec![], Duration::ZERO, 0).await?.sections;
+        let offered = self.old.negotiate(self.morph, vec![], Duration::ZERO, 0).await?;
+        (self.sections, self.hands_over) = (offered.sections, offered.takes_over);
         Ok(())
     }
 
@@ -292,6 +311,7 @@ impl Lines {
     pub(super) async fn agree(&mut self, wait: Duration, window: u64) -> Result<(), Trouble> {
         let agreed = self.new.negotiate(self.morph, self.sections.clone(), wait, window).await?;
         (self.token, self.window) = (agreed.token, if agreed.window == window { window } else { 0 });
+        self.hands_over &= agreed.takes_over;
         Ok(())
     }
 
@@ -308,7 +328,7 @@ impl Lines {
         if self.sections.is_empty() {
             return Ok(Copied::default());
         }
-        let request = self.ask_for(round, false, throttle)?;
+        let request = self.ask_for(round, false, throttle, false)?;
         let seen = self.live.begin();
         let mut copied = self.pass_on(request, &seen, false).await?;
         self.placed(round, copied.direct).await?;
@@ -320,7 +340,16 @@ impl Lines {
 
     /// Do once what will be done with the workload standing still, but without that: whoever cannot do it, or needs
     /// longer for the first time, does so now.
-    pub(super) async fn rehearse(&mut self) -> Result<(), Trouble> {
+    pub(super) async fn rehearse(&mut self, hands_over: bool) -> Result<(), Trouble> {
+        if hands_over {
+            let (round, seen) = (self.rounds, self.live.begin());
+            let request = self.ask_for(round, false, None, true)?;
+            self.old.flush().await?;
+            let asked = self.end_of(round, true, false, true)?;
+            self.new.flush().await?;
+            self.pass_on(request, &seen, true).await?;
+            return self.see_placed(asked).await;
+        }
         self.copy(self.rounds, None).await?;
         for line in [&mut self.old, &mut self.new] {
             let ask = MorphValidate { morph: self.morph, digests: vec![], reply: None };
@@ -339,19 +368,50 @@ impl Lines {
         self.new.silence = Some(silence);
     }
 
+    /// Whether the new kernel can take over by itself: all that it needs comes from the old one.
+    pub(super) fn can_hand_over(&self) -> bool {
+        self.hands_over && self.direct
+    }
+
+    /// Have the workload stand still, copy what is left, and have the new kernel take over when that is right.
+    pub(super) async fn hand_over(&mut self, round: u32) -> Result<Last, Trouble> {
+        let began = Instant::now();
+        let request = self.ask_for(round, true, None, true)?;
+        let seen = self.live.begin();
+        self.old.flush().await?;
+        let asked = self.end_of(round, true, true, true)?;
+        self.new.flush().await?;
+        let Copied { bytes, froze, direct, .. } = self.pass_on(request, &seen, true).await?;
+        if !direct {
+            return Err(self.old.lost("its connection to the new kernel is lost"));
+        }
+        let copied = began.elapsed().saturating_sub(froze);
+        match self.new.next(asked).await? {
+            Message::MorphTransferState(m) if m.took_over => match self.new.judge(m.reply) {
+                Ok(()) => Ok(Last { bytes, froze, copied, taken: true, ..Last::default() }),
+                Err(trouble) => Err(Trouble::Stuck(trouble.text())),
+            },
+            Message::MorphTransferState(m) => {
+                self.new.judge(m.reply)?;
+                Err(self.new.lost("it has everything, and has not taken over"))
+            }
+            other => Err(self.new.out_of_place(&other)),
+        }
+    }
+
     /// Have the workload stand still, copy what is left, and see that it is right.
     pub(super) async fn last(&mut self, round: u32) -> Result<Last, Trouble> {
         if self.sections.is_empty() {
             return Ok(Last::default());
         }
         let began = Instant::now();
-        let request = self.ask_for(round, true, None)?;
+        let request = self.ask_for(round, true, None, false)?;
         let seen = self.live.begin();
         // What goes from kernel to kernel is put in place as it comes, without another word from here.
         let asked = match self.direct {
             true => {
                 self.old.flush().await?;
-                let asked = self.end_of(round, true, true)?;
+                let asked = self.end_of(round, true, true, false)?;
                 self.new.flush().await?;
                 Some(asked)
             }
@@ -361,7 +421,7 @@ impl Lines {
         let asked = match asked {
             Some(_) if !direct => return Err(self.old.lost("its connection to the new kernel is lost")),
             Some(asked) => asked,
-            None => self.end_of(round, direct, true)?,
+            None => self.end_of(round, direct, true, false)?,
         };
         let sent = self.old.digests(request).await?;
         self.see_placed(asked).await?;
@@ -369,7 +429,7 @@ impl Lines {
         let came = self.new.digests(asked).await?;
         self.compare(&sent, &came)?;
         let checked = began.elapsed().saturating_sub(froze + copied);
-        Ok(Last { bytes, froze, copied, checked })
+        Ok(Last { bytes, froze, copied, checked, taken: false })
     }
 
     /// Whether everything arrived as it was sent.
@@ -383,12 +443,27 @@ impl Lines {
         Ok(())
     }
 
-    fn ask_for(&mut self, round: u32, freeze: bool, throttle: Option<u8>) -> Result<u32, Trouble> {
+    fn ask_for(
+        &mut self,
+        round: u32,
+        freeze: bool,
+        throttle: Option<u8>,
+        takes_over: bool,
+    ) -> Result<u32, Trouble> {
         self.rounds = self.rounds.max(round.saturating_add(1));
         let (morph, token) = (self.morph, self.token);
         let (peer, window) = if token == 0 { (0, 0) } else { (self.new.instance, self.window) };
-        let ask =
-            MorphTransferState { morph, round, freeze, throttle, peer, token, window, ..Default::default() };
+        let ask = MorphTransferState {
+            morph,
+            round,
+            freeze,
+            throttle,
+            peer,
+            token,
+            window,
+            takes_over,
+            ..Default::default()
+        };
         self.old.send(&ask.into())
     }
 
@@ -430,9 +505,9 @@ impl Lines {
         }
     }
 
-    fn end_of(&mut self, round: u32, direct: bool, freeze: bool) -> Result<u32, Trouble> {
+    fn end_of(&mut self, round: u32, direct: bool, freeze: bool, takes_over: bool) -> Result<u32, Trouble> {
         let (morph, last) = (self.morph, true);
-        let end = MorphTransferState { morph, round, last, direct, freeze, ..Default::default() };
+        let end = MorphTransferState { morph, round, last, direct, freeze, takes_over, ..Default::default() };
         self.new.send(&end.into())
     }
 
@@ -444,7 +519,7 @@ impl Lines {
     }
 
     async fn placed(&mut self, round: u32, direct: bool) -> Result<(), Trouble> {
-        let request = self.end_of(round, direct, false)?;
+        let request = self.end_of(round, direct, false, false)?;
         self.see_placed(request).await
     }
 }

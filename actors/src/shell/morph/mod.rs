@@ -176,8 +176,10 @@ async fn work_on(
         if !detail.is_empty() {
             details.push((machine.phase(), detail, Instant::now()));
         }
-        let goes_on =
-            matches!(event, Event::Frozen | Event::Recorded | Event::RecordUnknown | Event::NotActivated(_));
+        let goes_on = matches!(
+            event,
+            Event::Frozen | Event::Taken | Event::Recorded | Event::RecordUnknown | Event::NotActivated(_)
+        );
         if !goes_on {
             return Some(Done { event, late, details });
         }
@@ -186,7 +188,11 @@ async fn work_on(
                 Action::Journal { phase, detail, committed } => {
                     late.push(Step { phase, detail, committed, at: Instant::now() });
                 }
-                Action::Record | Action::LookUpRecord | Action::Activate | Action::GiveBack => {
+                Action::Record
+                | Action::WriteDown
+                | Action::LookUpRecord
+                | Action::Activate
+                | Action::GiveBack => {
                     next = Some((action, None));
                 }
                 // Nothing rings in these phases.
@@ -200,7 +206,10 @@ async fn work_on(
 
 /// Whether clients wait for this phase to end.
 fn stands_still(phase: Phase) -> bool {
-    matches!(phase, Phase::Recording | Phase::Committing | Phase::Returning)
+    matches!(
+        phase,
+        Phase::Withdrawing | Phase::Taken | Phase::Recording | Phase::Committing | Phase::Returning
+    )
 }
 
 fn limits(args: &MorphArgs) -> Limits {
@@ -556,7 +565,9 @@ impl MorphState {
     fn resume(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Undo | Action::Activate | Action::Grow => self.begin(action),
+                Action::Undo | Action::Activate | Action::Grow | Action::Withdraw | Action::WriteDown => {
+                    self.begin(action);
+                }
                 Action::Journal { detail, .. } => {
                     let instance = self.args.instance.clone();
                     if let Some(m) = &mut instance.record().morph {

@@ -2,10 +2,11 @@
 
 use kmorph_control::views::RecoveryStep;
 use kmorph_platform::Growth;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::error;
 
 use super::hand::{Hand, Parted};
+use super::state::stop;
 use super::work::{LOOK_AGAIN, Worked, ask, sides};
 use super::{MorphArgs, side};
 use crate::core::morph::{Event, Phase, Saved};
@@ -38,6 +39,11 @@ pub(super) async fn part(args: &MorphArgs, side: &Instance) -> Result<Parted, St
 /// one, which is to be stopped.
 pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String) {
     let not = |why: String| (Event::NotRecorded(why), String::new());
+    // When the new kernel serves already nobody goes on as what it was.
+    let unite = |hand: &mut Hand, parted: Option<Parted>, side: &Instance| match hand.taken {
+        true => hand.parted = parted,
+        false => unite(args, side),
+    };
     let side = match sides(args) {
         Ok(side) => side,
         Err(why) => return not(why),
@@ -51,7 +57,7 @@ pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String)
     };
     let Parted { old, new } = &parted;
     let Some(morph) = old.morph.clone() else {
-        unite(args, &side);
+        unite(hand, None, &side);
         return not("nothing is remembered of it".into());
     };
     let detail = format!("commit record: kernel {} takes over from {}", new.release, old.release);
@@ -68,13 +74,68 @@ pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String)
             (Event::Recorded, String::new())
         }
         Ok(Err(error)) => {
-            unite(args, &side);
+            unite(hand, Some(parted), &side);
             not(error.to_string())
         }
         Err(_) => {
             hand.parted = Some(parted);
             (Event::RecordUnknown, String::new())
         }
+    }
+}
+
+/// Write down that the new kernel may take over by itself. Otherwise it must not: whoever finds the morph under way would
+/// not ask it.
+pub(super) async fn hand_over(args: &MorphArgs, parted: &mut Parted) -> Result<(), String> {
+    let set = |parted: &mut Parted, yes: bool| {
+        for m in [&mut parted.old.morph, &mut args.instance.record().morph].into_iter().flatten() {
+            m.handed_over = yes;
+        }
+    };
+    set(parted, true);
+    let env = &args.env;
+    let decide = env.store.decide(std::slice::from_ref(&parted.old), &[]);
+    let why = match timeout(env.config.store_limit, decide).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error.to_string(),
+        // When it is written all the same, whoever asks is told that it did not.
+        Err(_) => "the store takes too long".to_owned(),
+    };
+    set(parted, false);
+    Err(why)
+}
+
+/// The new kernel serves already: write the commit record, however long it takes. When that kernel is lost before, there is
+/// nothing to write down.
+pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
+    let began = Instant::now();
+    let mut said = String::new();
+    hand.taken = true;
+    loop {
+        let why = match record(args, hand).await {
+            (Event::NotRecorded(why), _) => why,
+            (Event::RecordUnknown, _) => match look_up(args, hand).await {
+                (Event::NotRecorded(why), _) => why,
+                recorded => return Ok(recorded),
+            },
+            recorded => return Ok(recorded),
+        };
+        if why != said {
+            error!(instance = %args.instance.name, %why, "the new kernel serves, and that is not written down yet");
+            said = why;
+        }
+        let Ok(side) = sides(args) else { return Ok((Event::Withdrawn, String::new())) };
+        // Its actor does not stand aside for it: it does not run any more.
+        if hand.parted.is_none() && began.elapsed() > args.env.config.effect_limit {
+            let r = side.record().clone();
+            if stop(args, Target { id: r.spec.id, incarnation: r.incarnation }).await.is_ok() {
+                return Ok((Event::Withdrawn, String::new()));
+            }
+        }
+        for instance in [&*args.instance, &*side] {
+            instance.link.send(InstanceMsg::StandAside(args.env.config.effect_limit));
+        }
+        sleep(LOOK_AGAIN).await;
     }
 }
 
@@ -116,7 +177,7 @@ fn exchanged(
     new: &InstanceRecord,
     mut morph: MorphRecord,
 ) -> (InstanceRecord, InstanceRecord) {
-    morph.saved.phase = Phase::Committing;
+    (morph.saved.phase, morph.handed_over) = (Phase::Committing, false);
     let serves = recovery::Saved { phase: recovery::Phase::Monitoring, held: true, ..Default::default() };
     let stops = recovery::Saved {
         phase: recovery::Phase::PreparingRecovery,
@@ -176,7 +237,9 @@ pub(super) async fn look_up(args: &MorphArgs, hand: &mut Hand) -> (Event, String
                     return (Event::NotRecorded("the new kernel is gone".into()), String::new());
                 };
                 if !decided {
-                    unite(args, &side);
+                    if !hand.taken {
+                        unite(args, &side);
+                    }
                     return (Event::NotRecorded("the journal did not take it".into()), String::new());
                 }
                 if let Ok(retired) = side::recall(&args.env, &side.name).await {

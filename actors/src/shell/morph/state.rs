@@ -8,13 +8,13 @@ use tracing::{error, info, warn};
 
 use super::hand::{Hand, Parted};
 use super::lines::{Copied, Line, Lines, Trouble};
-use super::record::{part, unite};
+use super::record::{hand_over, part, unite};
 use super::work::{LOOK_AGAIN, Worked, ask, bytes, healthy, persist, sides};
 use super::{MorphArgs, window};
 use crate::core::morph::{Event, Round};
 use crate::core::route::Target;
 use crate::shell::handover::REVOKE_LIMIT;
-use crate::shell::instance::InstanceMsg;
+use crate::shell::instance::{Instance, InstanceMsg};
 use crate::store::MorphRecord;
 
 /// How long a kernel may take to say what it has: a share of the time of the whole phase, so that the reason is known
@@ -117,34 +117,73 @@ pub(super) async fn freeze(args: &MorphArgs, hand: &mut Hand) -> Worked {
         return Ok((Event::Frozen, String::new()));
     }
     let mut lines = hand.lines.take().ok_or("the connections to the agents are lost")?;
+    // With handover memory it has to be seen that the old kernel writes no more.
+    let mut hands_over = lines.can_hand_over() && args.instance.record().handover.is_none();
     // Whoever finds the workload standing still knows that it is to be told to go on.
     if let Some(m) = &mut args.instance.record().morph {
         m.frozen = true;
     }
     persist(&args.instance).await;
-    let target = {
-        let r = side.record();
-        Target { id: r.spec.id, incarnation: r.incarnation }
-    };
+    let target = kernel_of(&side);
     args.env.switch.park(&args.instance.name, target).await;
     // Also has the new kernel done with what those connections gave it to do.
-    lines.rehearse().await.map_err(Trouble::text)?;
-    hand.parted = Some(part(args, &side).await?);
+    lines.rehearse(hands_over).await.map_err(Trouble::text)?;
+    let mut parted = part(args, &side).await?;
+    if hands_over && let Err(why) = hand_over(args, &mut parted).await {
+        warn!(instance = %args.instance.name, %why, "the new kernel does not take over by itself");
+        hands_over = false;
+    }
+    hand.parted = Some(parted);
     let policy = args.instance.record().policy;
     for instance in [&*args.instance, &*side] {
         instance.link.send(InstanceMsg::StandAside(policy.morph_timeout));
     }
     lines.hurry(policy.heartbeat_timeout);
-    hand.begin_blackout();
     let round = lines.rounds;
-    match lines.last(round).await {
+    let mut served = None;
+    let last = if hands_over {
+        let switch = &args.env.switch;
+        // Of several workloads one that serves says nothing about the others.
+        if lines.workloads() == 1 {
+            switch.decide(&args.instance.name, target);
+        }
+        hand.begin_blackout();
+        let handed = lines.hand_over(round);
+        tokio::pin!(handed);
+        tokio::select! {
+            biased;
+            last = &mut handed => last,
+            // A client's session goes on there: the agents' words come later.
+            () = switch.passed(&args.instance.name, target) => {
+                served = Some(hand.still_for());
+                handed.await
+            }
+        }
+    } else {
+        hand.begin_blackout();
+        lines.last(round).await
+    };
+    match last {
         Ok(last) => {
-            hand.last(last);
+            if last.taken {
+                let after = served.unwrap_or_else(|| hand.still_for());
+                args.env.switch.release(&args.instance.name, target);
+                hand.took_over(after, &last);
+            } else {
+                hand.last(&last);
+            }
             if let Some(t) = &mut hand.transfer {
                 (t.rounds, t.bytes, t.last_bytes) = (u64::from(lines.rounds), lines.copied, last.bytes);
             }
             hand.lines = Some(lines);
-            Ok((Event::Frozen, String::new()))
+            Ok((if last.taken { Event::Taken } else { Event::Frozen }, String::new()))
+        }
+        // Before it is given up it is seen whether the new kernel has taken over.
+        Err(trouble) if hands_over => {
+            if let Trouble::Stuck(why) = &trouble {
+                hand.stuck = Some(why.clone());
+            }
+            Err(trouble.text())
         }
         Err(trouble) => {
             hand.parted = None;
@@ -155,13 +194,57 @@ pub(super) async fn freeze(args: &MorphArgs, hand: &mut Hand) -> Worked {
     }
 }
 
+pub(super) fn kernel_of(instance: &Instance) -> Target {
+    let r = instance.record();
+    Target { id: r.spec.id, incarnation: r.incarnation }
+}
+
+/// Find out whether the new kernel has taken over by itself. One that has not is stopped, which it would be anyway: then it
+/// certainly never does.
+pub(super) async fn withdraw(args: &MorphArgs, hand: &mut Hand) -> Worked {
+    let record = args.instance.record().morph.clone();
+    let (Some(m), Ok(side)) = (record.filter(|m| m.handed_over), sides(args)) else {
+        return Ok((Event::Withdrawn, String::new()));
+    };
+    let (name, switch, target) = (&args.instance.name, &args.env.switch, kernel_of(&side));
+    let taken = |hand: &mut Hand| {
+        switch.release(name, target);
+        hand.taken = true;
+        Ok((Event::TakenAlready, "the new kernel had taken over".to_owned()))
+    };
+    hand.lines = None;
+    if !switch.take_back(name, target) {
+        return taken(hand);
+    }
+    let limit = args.instance.record().policy.heartbeat_timeout.min(args.env.config.effect_limit);
+    if hand.stuck.is_none() {
+        let ask = async { Line::open(&args.env, &side).await?.withdraw(m.number, &m.saved.why).await };
+        match timeout(limit, ask).await {
+            Ok(Ok(true)) => return taken(hand),
+            Ok(Ok(false)) => {}
+            Ok(Err(trouble)) => warn!(instance = %name, "the new kernel is stopped: {}", trouble.text()),
+            Err(_) => warn!(instance = %name, ?limit, "the new kernel is stopped: it does not answer"),
+        }
+    }
+    match stop(args, target).await {
+        Ok(()) => {
+            if let Some(m) = &mut args.instance.record().morph {
+                m.handed_over = false;
+            }
+            Ok((Event::Withdrawn, "the new kernel is stopped and has not taken over".to_owned()))
+        }
+        Err(why) => {
+            // It may serve: then it is the one that does.
+            error!(instance = %name, %why, "the new kernel cannot be stopped: the instance is that one");
+            taken(hand)
+        }
+    }
+}
+
 /// The new kernel's workload serves, and clients go there.
 pub(super) async fn take_over(args: &MorphArgs, hand: &mut Hand) -> Result<(), String> {
-    let target = {
-        let r = args.instance.record();
-        Target { id: r.spec.id, incarnation: r.incarnation }
-    };
-    let decided_here = hand.parted.is_some() && hand.has_state();
+    let target = kernel_of(&args.instance);
+    let decided_here = hand.parted.is_some() && hand.has_state() && !hand.taken;
     match take_memory(args, hand.parted.clone(), target).await {
         Err(why) if decided_here => return Err(why),
         Err(why) => error!(instance = %args.instance.name, "{why}"),
@@ -170,7 +253,7 @@ pub(super) async fn take_over(args: &MorphArgs, hand: &mut Hand) -> Result<(), S
     let mut lines = hand.lines.take();
     let (switch, name) = (&args.env.switch, &args.instance.name);
     // Of several workloads one that serves says nothing about the others.
-    if lines.as_ref().is_some_and(|l| l.workloads() == 1) {
+    if !hand.taken && lines.as_ref().is_some_and(|l| l.workloads() == 1) {
         switch.decide(name, target);
     }
     let mut serves = false;
@@ -238,19 +321,9 @@ async fn return_memory(args: &MorphArgs, parted: Option<Parted>) {
 
 /// The new kernel did not say that it serves. When it is seen stopped it never will, and the old one has everything.
 pub(super) async fn not_activated(args: &MorphArgs, hand: &mut Hand, why: String) -> Worked {
-    let target = {
-        let r = args.instance.record();
-        Target { id: r.spec.id, incarnation: r.incarnation }
-    };
+    let target = kernel_of(&args.instance);
     warn!(instance = %args.instance.name, %why, "the new kernel does not take over: it is stopped");
-    let fence = args.env.platform.fence(target.id, target.incarnation);
-    let stopped = match timeout(args.env.config.effect_limit, fence).await {
-        Ok(Ok(report)) if report.complete => Ok(()),
-        Ok(Ok(_)) => Err("a CPU of it may still run".to_owned()),
-        Ok(Err(e)) => Err(e.to_string()),
-        Err(_) => Err(format!("not stopped within {:?}", args.env.config.effect_limit)),
-    };
-    match stopped {
+    match stop(args, target).await {
         Ok(()) => {
             return_memory(args, hand.parted.clone()).await;
             Ok((Event::NotActivated(why), String::new()))
@@ -265,6 +338,17 @@ pub(super) async fn not_activated(args: &MorphArgs, hand: &mut Hand, why: String
             }
             Err(format!("{why}; {more}"))
         }
+    }
+}
+
+/// Stop a kernel for good, or say why it may still run.
+pub(super) async fn stop(args: &MorphArgs, target: Target) -> Result<(), String> {
+    let fence = args.env.platform.fence(target.id, target.incarnation);
+    match timeout(args.env.config.effect_limit, fence).await {
+        Ok(Ok(report)) if report.complete => Ok(()),
+        Ok(Ok(_)) => Err("a CPU of it may still run".to_owned()),
+        Ok(Err(e)) => Err(e.to_string()),
+        Err(_) => Err(format!("not stopped within {:?}", args.env.config.effect_limit)),
     }
 }
 

@@ -49,6 +49,8 @@ pub(super) async fn run(
             args.env.switch.away(&args.instance.name, true);
             state::freeze(args, hand).await
         }
+        Action::Withdraw => state::withdraw(args, hand).await,
+        Action::WriteDown => record::write_down(args, hand).await,
         Action::Record => return record::record(args, hand).await,
         Action::LookUpRecord => return record::look_up(args, hand).await,
         Action::Activate => activate(args, hand).await,
@@ -103,7 +105,7 @@ async fn start(args: &MorphArgs, wanted: Option<Wanted>) -> Worked {
         let saved = crate::core::morph::Saved { phase: Phase::Preparing, ..Default::default() };
         let side = standby.as_ref().map_or_else(|| side::name(&r.spec.name), |s| s.name.clone());
         let from = r.release.clone();
-        r.morph = Some(MorphRecord { number, side, from, saved, frozen: false });
+        r.morph = Some(MorphRecord { number, side, from, saved, frozen: false, handed_over: false });
     }
     // Whoever finds the new kernel knows whose it is.
     persist(&args.instance).await;
@@ -258,7 +260,11 @@ async fn undo(args: &MorphArgs, hand: &mut Hand) -> Worked {
     for instance in std::iter::once(args.instance.clone()).chain(args.env.directory.get(&m.side)) {
         instance.link.send(InstanceMsg::Unite);
     }
-    hand.parted = None;
+    (hand.parted, hand.stuck) = (None, None);
+    if std::mem::take(&mut hand.taken) {
+        // Clients were sent to a kernel that is lost.
+        args.env.switch.redirect(&args.instance.name, state::kernel_of(&args.instance));
+    }
     let thawed = state::thaw(args, hand, &m).await;
     let removed = side::remove(&args.env, &m.side).await;
     window::close(&args.env, m.number).await;

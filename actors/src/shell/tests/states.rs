@@ -10,8 +10,25 @@ use super::morphs::{again, at_rest, on, to};
 use super::*;
 
 async fn counting() -> World {
+    counting_in(Way::ThroughTheDaemon).await
+}
+
+/// How the state of a workload gets to the new kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    ThroughTheDaemon,
+    /// From kernel to kernel, and the new one takes over by itself.
+    Directly,
+}
+
+const WAYS: [Way; 2] = [Way::ThroughTheDaemon, Way::Directly];
+
+async fn counting_in(way: Way) -> World {
     let w = world().await;
     w.fake.workloads.switch_on();
+    if way == Way::Directly {
+        w.fake.workloads.go_directly();
+    }
     w.up("web").await;
     served(&w, 1).await;
     for n in 1..=5 {
@@ -36,26 +53,28 @@ async fn served(w: &World, id: u16) {
 
 #[tokio::test(start_paused = true)]
 async fn the_count_goes_on_in_the_new_kernel() {
-    let w = counting().await;
-    let view = w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
-    assert_eq!(view.committed, Some(true));
-    let transfer = view.transfer.unwrap();
-    assert_eq!((transfer.sections, transfer.rounds), (2, 3), "{transfer:?}");
-    assert!(transfer.bytes >= 4096, "{transfer:?}");
-    let b = view.blackout.unwrap();
-    assert!(b.total_us >= b.freeze_us + b.copy_us + b.check_us + b.record_us + b.activate_us, "{b:?}");
-    served(&w, 511).await;
-    assert_eq!(w.fake.workloads.count(511), 6);
-    at_rest(&w, 511).await;
-    // And back, step by step, while it counts.
-    w.tree.morph(to(MorphGoal::Prepare)).await.unwrap();
-    assert_eq!(w.fake.workloads.count(511), 7);
-    w.tree.morph(on(MorphGoal::Validate)).await.unwrap();
-    assert_eq!(w.fake.workloads.count(511), 8);
-    w.tree.morph(on(MorphGoal::Commit)).await.unwrap();
-    let web = w.tree.status("web").await.unwrap();
-    assert_eq!(w.fake.workloads.count(web.id), 9);
-    at_rest(&w, web.id).await;
+    for way in WAYS {
+        let w = counting_in(way).await;
+        let view = w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
+        assert_eq!(view.committed, Some(true));
+        let transfer = view.transfer.unwrap();
+        assert_eq!((transfer.sections, transfer.rounds), (2, 3), "{transfer:?}");
+        assert!(transfer.bytes >= 4096, "{transfer:?}");
+        let b = view.blackout.unwrap();
+        assert!(b.total_us >= b.freeze_us + b.copy_us + b.check_us + b.record_us + b.activate_us, "{b:?}");
+        served(&w, 511).await;
+        assert_eq!(w.fake.workloads.count(511), 6);
+        at_rest(&w, 511).await;
+        // And back, step by step, while it counts.
+        w.tree.morph(to(MorphGoal::Prepare)).await.unwrap();
+        assert_eq!(w.fake.workloads.count(511), 7);
+        w.tree.morph(on(MorphGoal::Validate)).await.unwrap();
+        assert_eq!(w.fake.workloads.count(511), 8);
+        w.tree.morph(on(MorphGoal::Commit)).await.unwrap();
+        let web = w.tree.status("web").await.unwrap();
+        assert_eq!(w.fake.workloads.count(web.id), 9);
+        at_rest(&w, web.id).await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -123,120 +142,286 @@ async fn a_round_is_seen_while_it_is_copied() {
 
 #[tokio::test(start_paused = true)]
 async fn what_did_not_arrive_whole_is_named_and_the_old_kernel_goes_on() {
-    let w = counting().await;
-    w.fake.workloads.script("511 END", Next::Partial(0));
-    w.fake.workloads.script("511 END", Next::Panic);
-    w.fake.workloads.script("511 END", Next::Panic);
-    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
-    let told = error.to_string();
-    assert!(told.contains("section count/sessions differs from what was sent"), "{told}");
-    served(&w, 1).await;
-    assert_eq!(w.fake.workloads.count(1), 6);
-    at_rest(&w, 1).await;
+    for way in WAYS {
+        let w = counting_in(way).await;
+        let last = if way == Way::Directly { "511 TAKE" } else { "511 END" };
+        w.fake.workloads.script(last, Next::Partial(0));
+        if way == Way::ThroughTheDaemon {
+            w.fake.workloads.script(last, Next::Panic);
+            w.fake.workloads.script(last, Next::Panic);
+        }
+        let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+        let told = error.to_string();
+        assert!(told.contains("section count/sessions differs from what was sent"), "{told}");
+        served(&w, 1).await;
+        assert_eq!(w.fake.workloads.count(1), 6);
+        at_rest(&w, 1).await;
+    }
 }
 
 /// Messages each side gets in a morph that is committed.
 const OLD: [&str; 4] = ["1 PREPARE", "1 NEGOTIATE", "1 TRANSFER_STATE", "1 FREEZE"];
 const NEW: [&str; 6] = ["511 PREPARE", "511 NEGOTIATE", "511 PIECE", "511 END", "511 VALIDATE", "511 COMMIT"];
 
+/// The same, when that one takes over by itself.
+const TAKES: [&str; 4] = ["511 PREPARE", "511 NEGOTIATE", "511 END", "511 TAKE"];
+
+/// Messages up to the decision.
+fn messages(way: Way) -> Vec<&'static str> {
+    let new = if way == Way::Directly { &TAKES[..] } else { &NEW[..] };
+    OLD.iter().chain(new).copied().collect()
+}
+
 #[tokio::test(start_paused = true)]
 async fn every_message_is_sent() {
-    let w = counting().await;
-    w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
-    let log = w.fake.workloads.log();
-    for message in OLD.iter().chain(&NEW).chain(&["1 COMMIT"]) {
-        assert!(log.iter().any(|l| l == message), "{message}: {log:?}");
+    for way in WAYS {
+        let w = counting_in(way).await;
+        w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
+        let log = w.fake.workloads.log();
+        for message in messages(way).into_iter().chain(["1 COMMIT", "511 COMMIT"]) {
+            assert!(log.iter().any(|l| l == message), "{way:?}, {message}: {log:?}");
+        }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_is_lost_at_any_message_leaves_one_that_serves_and_the_whole_count() {
-    for message in OLD.iter().chain(&NEW) {
-        let w = counting().await;
-        w.fake.workloads.script(message, Next::Fail("lost"));
-        let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
-        assert!(error.message.contains("the old kernel goes on"), "{message}: {error}");
-        at_rest(&w, 1).await;
-        served(&w, 1).await;
-        assert_eq!(w.fake.workloads.count(1), 6, "{message}");
-        // Nothing of it stands in the way of the next one.
-        assert_eq!(w.tree.morph(to(MorphGoal::Commit)).await.unwrap().committed, Some(true), "{message}");
-        let id = w.tree.status("web").await.unwrap().id;
-        served(&w, id).await;
-        assert_eq!(w.fake.workloads.count(id), 7, "{message}");
+    for way in WAYS {
+        for message in messages(way) {
+            let w = counting_in(way).await;
+            w.fake.workloads.script(message, Next::Fail("lost"));
+            let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+            assert!(error.message.contains("the old kernel goes on"), "{way:?}, {message}: {error}");
+            at_rest(&w, 1).await;
+            served(&w, 1).await;
+            assert_eq!(w.fake.workloads.count(1), 6, "{way:?}, {message}");
+            // Nothing of it stands in the way of the next one.
+            assert_eq!(
+                w.tree.morph(to(MorphGoal::Commit)).await.unwrap().committed,
+                Some(true),
+                "{way:?}, {message}"
+            );
+            let id = w.tree.status("web").await.unwrap().id;
+            served(&w, id).await;
+            assert_eq!(w.fake.workloads.count(id), 7, "{way:?}, {message}");
+        }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_new_kernel_that_dies_at_any_message_leaves_everything_with_the_old_one() {
-    for message in &NEW {
-        let w = counting().await;
-        w.fake.workloads.script(message, Next::Die);
-        let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
-        assert!(error.message.contains("the old kernel goes on"), "{message}: {error}");
-        let web = at_rest(&w, 1).await;
-        assert_eq!((web.incarnation, web.recoveries), (1, 0), "{message}");
-        served(&w, 1).await;
-        assert_eq!(w.fake.workloads.count(1), 6, "{message}");
-        assert_eq!(w.fake.running(511), None, "{message}");
+    for way in WAYS {
+        for message in messages(way).into_iter().filter(|m| m.starts_with("511")) {
+            let w = counting_in(way).await;
+            w.fake.workloads.script(message, Next::Die);
+            let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+            assert!(error.message.contains("the old kernel goes on"), "{way:?}, {message}: {error}");
+            let web = at_rest(&w, 1).await;
+            assert_eq!((web.incarnation, web.recoveries), (1, 0), "{way:?}, {message}");
+            served(&w, 1).await;
+            assert_eq!(w.fake.workloads.count(1), 6, "{way:?}, {message}");
+            assert_eq!(w.fake.running(511), None, "{way:?}, {message}");
+        }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_old_kernel_that_dies_at_any_message_is_recovered() {
-    for message in &OLD {
-        let w = counting().await;
-        w.fake.workloads.script(message, Next::Die);
-        assert!(w.tree.morph(to(MorphGoal::Commit)).await.is_err(), "{message}");
-        let web = at_rest(&w, 1).await;
-        assert_eq!((web.incarnation, web.recoveries), (2, 1), "{message}");
-        // A crash takes the state along, with or without a morph.
-        served(&w, 1).await;
-        assert_eq!(w.fake.workloads.count(1), 1, "{message}");
+    for way in WAYS {
+        for message in &OLD {
+            let w = counting_in(way).await;
+            w.fake.workloads.script(message, Next::Die);
+            assert!(w.tree.morph(to(MorphGoal::Commit)).await.is_err(), "{way:?}, {message}");
+            let web = at_rest(&w, 1).await;
+            assert_eq!((web.incarnation, web.recoveries), (2, 1), "{way:?}, {message}");
+            // A crash takes the state along, with or without a morph.
+            served(&w, 1).await;
+            assert_eq!(w.fake.workloads.count(1), 1, "{way:?}, {message}");
+        }
+        // After the decision it is not needed any more.
+        let w = counting_in(way).await;
+        w.fake.workloads.script("1 COMMIT", Next::Die);
+        assert_eq!(w.tree.morph(to(MorphGoal::Commit)).await.unwrap().committed, Some(true));
+        served(&w, 511).await;
+        assert_eq!(w.fake.workloads.count(511), 6);
+        at_rest(&w, 511).await;
     }
-    // After the decision it is not needed any more.
-    let w = counting().await;
-    w.fake.workloads.script("1 COMMIT", Next::Die);
-    assert_eq!(w.tree.morph(to(MorphGoal::Commit)).await.unwrap().committed, Some(true));
-    served(&w, 511).await;
-    assert_eq!(w.fake.workloads.count(511), 6);
-    at_rest(&w, 511).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_daemon_killed_at_any_message_is_followed_by_one_that_ends_what_it_began() {
-    for message in OLD.iter().chain(&NEW).chain(&["1 COMMIT"]) {
-        let w = counting().await;
-        let gate = Arc::new(tokio::sync::Notify::new());
-        w.fake.workloads.script(message, Next::Block(gate));
-        let reached = async {
-            while !w.fake.workloads.log().iter().any(|l| l == message) {
-                w.pass(MS).await;
+    for way in WAYS {
+        for message in messages(way).into_iter().chain(["1 COMMIT"]) {
+            let w = counting_in(way).await;
+            let gate = Arc::new(tokio::sync::Notify::new());
+            w.fake.workloads.script(message, Next::Block(gate));
+            let reached = async {
+                while !w.fake.workloads.log().iter().any(|l| l == message) {
+                    w.pass(MS).await;
+                }
+            };
+            tokio::select! {
+                ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{way:?}, {message}: {ended:?}"),
+                () = reached => {}
             }
-        };
-        tokio::select! {
-            ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{message}: {ended:?}"),
-            () = reached => {}
+            let decided = message.ends_with("COMMIT");
+            let w = again(w).await;
+            let id = if decided { 511 } else { 1 };
+            at_rest(&w, id).await;
+            served(&w, id).await;
+            assert_eq!(w.fake.workloads.count(id), 6, "{way:?}, {message}");
         }
-        let decided = message.ends_with("COMMIT");
-        let w = again(w).await;
-        let id = if decided { 511 } else { 1 };
-        at_rest(&w, id).await;
-        served(&w, id).await;
-        assert_eq!(w.fake.workloads.count(id), 6, "{message}");
     }
+}
+
+/// A kernel that takes over by itself, of which the daemon does not hear; until `seen` nothing more happens.
+async fn took_over_unheard() -> (World, Arc<tokio::sync::Notify>) {
+    let w = counting_in(Way::Directly).await;
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("511 TAKE", Next::Unanswered(gate.clone()));
+    (w, gate)
+}
+
+async fn asked_before_it_was_given_up(w: &World) {
+    at_rest(w, 511).await;
+    served(w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+    assert!(w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK"), "it was not asked");
+    assert_eq!(w.fake.count("fence 511"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_answer_is_lost_is_the_instance() {
+    let (w, gate) = took_over_unheard().await;
+    gate.notify_one();
+    let view = w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
+    assert_eq!(view.committed, Some(true));
+    let told = view.steps.iter().any(|s| s.detail.contains("the new kernel had taken over"));
+    assert!(told, "{:?}", view.steps);
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_while_the_daemon_died_is_the_instance() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    let w = again(w).await;
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_workload_cannot_begin_is_stopped() {
+    let w = counting_in(Way::Directly).await;
+    w.fake.workloads.script("ACTIVATE", Next::Fail("no room"));
+    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+    assert!(error.message.contains("the old kernel goes on") && error.message.contains("no room"), "{error}");
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_kernel_that_dies_when_another_took_over_is_missed_by_nobody() {
+    let (w, _gate) = took_over_unheard().await;
+    let dies = async {
+        served(&w, 511).await;
+        w.fake.panic(1, "die").await;
+    };
+    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), dies);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_kernel_that_dies_before_the_next_daemon_knows_who_took_over_never_serves_again() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    w.fake.panic_unseen(1);
+    // The question who took over is answered late: what is healed meanwhile is not told to serve.
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("511 ROLLBACK", Next::Block(gate.clone()));
+    let w = again(w).await;
+    let limit = Instant::now() + PATIENCE;
+    while !w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK") {
+        assert!(Instant::now() < limit, "nobody asks");
+        w.pass(MS).await;
+    }
+    assert_eq!(w.fake.workloads.serving(), [511]);
+    gate.notify_one();
+    at_rest(&w, 511).await;
+    served(&w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_is_lost_before_anybody_knows_leaves_everything_with_the_old_one() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    let incarnation = w.fake.running(511).unwrap();
+    w.fake.panic_unseen(511);
+    w.fake.workloads.end((InstanceId(511), incarnation));
+    let w = again(w).await;
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_who_gives_up_too_late_is_told_and_the_new_kernel_serves() {
+    let (w, _gate) = took_over_unheard().await;
+    let cancels = async {
+        served(&w, 511).await;
+        w.tree.morph_rollback("web").await
+    };
+    let (ended, cancelled) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), cancels);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    assert_eq!(cancelled.unwrap().committed, Some(true), "it was committed");
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
+    let (w, gate) = took_over_unheard().await;
+    let mends = async {
+        served(&w, 511).await;
+        w.store.broken.store(true, Ordering::SeqCst);
+        gate.notify_one();
+        w.pass(Duration::from_secs(3)).await;
+        assert_eq!(w.fake.workloads.serving(), [511]);
+        w.store.broken.store(false, Ordering::SeqCst);
+    };
+    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), mends);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    at_rest(&w, 511).await;
+    served(&w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_record_that_cannot_be_written_has_the_old_workload_go_on() {
-    let w = counting().await;
-    w.tree.morph(to(MorphGoal::Validate)).await.unwrap();
-    w.store.broken.store(true, Ordering::SeqCst);
-    let error = w.tree.morph(on(MorphGoal::Commit)).await.unwrap_err();
-    assert!(error.message.contains("the commit record could not be written: disk full"), "{error}");
-    w.store.broken.store(false, Ordering::SeqCst);
-    served(&w, 1).await;
-    assert_eq!(w.fake.workloads.count(1), 6);
+    for way in WAYS {
+        let w = counting_in(way).await;
+        w.tree.morph(to(MorphGoal::Validate)).await.unwrap();
+        w.store.broken.store(true, Ordering::SeqCst);
+        let error = w.tree.morph(on(MorphGoal::Commit)).await.unwrap_err();
+        assert!(error.message.contains("the commit record could not be written: disk full"), "{error}");
+        // Nor was it left to a kernel of which nobody would know that it may have taken over.
+        assert!(!w.fake.workloads.log().iter().any(|l| l == "511 TAKE"), "{way:?}");
+        w.store.broken.store(false, Ordering::SeqCst);
+        served(&w, 1).await;
+        assert_eq!(w.fake.workloads.count(1), 6);
+    }
 }
 
 /// A client whose connection is never broken: every answer is one more than the one before.
@@ -437,59 +622,64 @@ async fn a_start_that_cannot_have_its_memory_leaves_nothing() {
 /// everything unless the kernel that had it died.
 #[tokio::test(start_paused = true)]
 async fn three_hundred_random_morphs() {
-    let seeds = std::env::var("KMORPH_MORPH_SEED").ok().and_then(|s| s.parse().ok());
-    for seed in seeds.map_or(0..300, |s: u64| s..s + 1) {
-        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut pick = |n: usize| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (random >> 33) as usize % n
-        };
-        let mut w = counting().await;
-        let (mut id, mut count) = (1, 5);
-        for round in 0..3 {
-            let side = if id == 511 { 510 } else { 511 };
-            let what = format!("seed {seed}, round {round}");
-            let on = |message: &str, id: u16| format!("{id} {}", message.split(' ').next_back().unwrap());
-            let all: Vec<String> =
-                OLD.iter().map(|m| on(m, id)).chain(NEW.iter().map(|m| on(m, side))).collect();
-            let at = all[pick(all.len())].clone();
-            // The kernel that has the count is left alone: a crash takes it along.
-            let fault = match pick(4) {
-                0 => None,
-                1 => Some(Next::Fail("lost")),
-                2 if !OLD.iter().any(|m| on(m, id) == at) => Some(Next::Die),
-                2 => None,
-                _ => Some(Next::Block(Arc::new(tokio::sync::Notify::new()))),
+    for way in WAYS {
+        let seeds = std::env::var("KMORPH_MORPH_SEED").ok().and_then(|s| s.parse().ok());
+        for seed in seeds.map_or(0..300, |s: u64| s..s + 1) {
+            let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut pick = |n: usize| {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (random >> 33) as usize % n
             };
-            let killed = matches!(fault, Some(Next::Block(_)));
-            let seen = w.fake.workloads.log().len();
-            if let Some(fault) = fault {
-                w.fake.workloads.script(&at, fault);
-            }
-            let reached = async {
-                while !killed || !w.fake.workloads.log()[seen..].contains(&at) {
+            let mut w = counting_in(way).await;
+            let (mut id, mut count) = (1, 5);
+            for round in 0..3 {
+                let side = if id == 511 { 510 } else { 511 };
+                let what = format!("{way:?}, seed {seed}, round {round}");
+                let on = |message: &str, id: u16| format!("{id} {}", message.split(' ').next_back().unwrap());
+                let all: Vec<String> = messages(way)
+                    .iter()
+                    .map(|m| on(m, if m.starts_with("511") { side } else { id }))
+                    .collect();
+                let at = all[pick(all.len())].clone();
+                // The kernel that has the count is left alone: a crash takes it along.
+                let fault = match pick(4) {
+                    0 => None,
+                    1 => Some(Next::Fail("lost")),
+                    2 if !OLD.iter().any(|m| on(m, id) == at) => Some(Next::Die),
+                    2 => None,
+                    _ => Some(Next::Block(Arc::new(tokio::sync::Notify::new()))),
+                };
+                let killed = matches!(fault, Some(Next::Block(_)));
+                let seen = w.fake.workloads.log().len();
+                if let Some(fault) = fault {
+                    w.fake.workloads.script(&at, fault);
+                }
+                let reached = async {
+                    while !killed || !w.fake.workloads.log()[seen..].contains(&at) {
+                        w.pass(MS).await;
+                    }
+                };
+                tokio::select! {
+                    ended = w.tree.morph(to(MorphGoal::Commit)) => drop(ended),
+                    () = reached => {}
+                }
+                if killed {
+                    w = again(w).await;
+                }
+                let limit = Instant::now() + PATIENCE;
+                while w.tree.list().await.iter().any(|i| i.side_of.is_some() || i.morph.is_some()) {
+                    assert!(Instant::now() < limit, "{what}, {at}: {:?}", w.tree.list().await);
+                    assert!(w.fake.workloads.serving().len() <= 1, "{what}, {at}: two serve");
                     w.pass(MS).await;
                 }
-            };
-            tokio::select! {
-                ended = w.tree.morph(to(MorphGoal::Commit)) => drop(ended),
-                () = reached => {}
+                id = w.shows("web", InstanceState::Healthy).await.id;
+                served(&w, id).await;
+                count += 1;
+                assert_eq!(w.fake.workloads.count(id), count, "{what}, {at}");
+                w.fake.workloads.forget_scripts();
             }
-            if killed {
-                w = again(w).await;
-            }
-            let limit = Instant::now() + PATIENCE;
-            while w.tree.list().await.iter().any(|i| i.side_of.is_some() || i.morph.is_some()) {
-                assert!(Instant::now() < limit, "{what}, {at}: {:?}", w.tree.list().await);
-                assert!(w.fake.workloads.serving().len() <= 1, "{what}, {at}: two serve");
-                w.pass(MS).await;
-            }
-            id = w.shows("web", InstanceState::Healthy).await.id;
-            served(&w, id).await;
-            count += 1;
-            assert_eq!(w.fake.workloads.count(id), count, "{what}, {at}");
-            w.fake.workloads.forget_scripts();
+            w.tree.kill_for_test();
         }
-        w.tree.kill_for_test();
     }
 }

@@ -45,12 +45,16 @@ struct One {
     /// It is gone: cut when its kernel is.
     clients: Vec<UnixStream>,
     offered: Vec<Section>,
+    /// What came from the other kernel: the round, and what it comes to there.
+    arrived: Option<(u32, Vec<SectionDigest>)>,
     alive: bool,
 }
 
 #[derive(Default)]
 pub struct Workloads {
     on: AtomicBool,
+    /// State goes from kernel to kernel, and the new one can take over by itself.
+    directly: AtomicBool,
     all: Mutex<HashMap<Life, One>>,
     scripts: Mutex<HashMap<String, Vec<Next>>>,
     log: Mutex<Vec<String>>,
@@ -84,12 +88,17 @@ impl Workloads {
         self.on.store(true, Ordering::SeqCst);
     }
 
+    /// Their state goes from kernel to kernel.
+    pub fn go_directly(&self) {
+        self.directly.store(true, Ordering::SeqCst);
+    }
+
     pub fn boot(&self, life: Life) {
         // A kernel that was removed again leaves its number to the next one.
         self.killed.lock().unwrap().retain(|l| *l != life);
         if self.on.load(Ordering::SeqCst) {
             let service = Arc::new(Service::new("count", Count, 64 << 10));
-            let one = One { service, clients: vec![], offered: vec![], alive: true };
+            let one = One { service, clients: vec![], offered: vec![], arrived: None, alive: true };
             self.all.lock().unwrap().insert(life, one);
         }
     }
@@ -122,7 +131,7 @@ impl Workloads {
         self.killed.lock().unwrap().contains(&life)
     }
 
-    /// What the next messages of these kinds do: "511 VALIDATE".
+    /// What the next messages of these kinds do: "511 VALIDATE". "ACTIVATE": the workload cannot.
     pub fn script(&self, on: &str, next: Next) {
         self.scripts.lock().unwrap().entry(on.into()).or_default().push(next);
     }
@@ -181,13 +190,13 @@ impl Workloads {
         let all = self.all.lock().unwrap();
         if let Some(one) = all.get(&life).filter(|one| serves && one.service.state() == State::New) {
             one.service.activate().unwrap();
-            one.service.answered();
         }
     }
 
     pub async fn message(&self, life: Life, message: Message) -> Outcome {
         let name = message.kind().name().trim_start_matches("MORPH_").to_owned();
         let name = match &message {
+            Message::MorphTransferState(m) if m.last && m.takes_over && m.freeze => "TAKE".into(),
             Message::MorphTransferState(m) if m.last => "END".into(),
             Message::MorphTransferState(m) if m.freeze => "FREEZE".into(),
             Message::MorphTransferState(m) if !m.data.0.is_empty() => "PIECE".into(),
@@ -205,7 +214,15 @@ impl Workloads {
             Some(Next::Unanswered(gate)) => lost = Some(gate),
             Some(Next::Panic) | None => {}
         }
-        let outcome = self.answer(life, message, partial);
+        if let Message::MorphTransferState(m) = &message
+            && m.last
+            && m.direct
+            && !self.arrives(life, m.round).await
+        {
+            return Outcome::Lost;
+        }
+        let refuses = on.ends_with("TAKE") && self.scripts.lock().unwrap().remove("ACTIVATE").is_some();
+        let outcome = self.answer(life, message, partial, refuses);
         match lost {
             Some(gate) => {
                 gate.notified().await;
@@ -215,11 +232,35 @@ impl Workloads {
         }
     }
 
-    fn answer(&self, life: Life, message: Message, partial: bool) -> Outcome {
+    /// Wait until a round has come from the other kernel; `false` when none comes any more.
+    async fn arrives(&self, life: Life, round: u32) -> bool {
+        loop {
+            match self.all.lock().unwrap().get(&life) {
+                Some(one) if one.alive && !one.offered.is_empty() => {
+                    if one.arrived.as_ref().is_some_and(|(r, _)| *r >= round) {
+                        return true;
+                    }
+                }
+                _ => return false,
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+
+    fn answer(&self, life: Life, message: Message, partial: bool, refuses: bool) -> Outcome {
         let mut all = self.all.lock().unwrap();
+        let directly = self.directly.load(Ordering::SeqCst);
         match all.get_mut(&life) {
             Some(one) => {
-                let mut answers = one.answer(message);
+                let mut answers = one.answer(message, directly, partial, refuses);
+                let peer = answers.iter().find_map(|a| match a {
+                    Message::MorphTransferState(m) if m.last && !m.direct && m.peer != 0 => Some(m.peer),
+                    _ => None,
+                });
+                let to = peer.and_then(|p| all.iter_mut().find(|((id, _), one)| id.0 == p && one.alive));
+                if let Some((_, to)) = to {
+                    answers = to.takes(answers);
+                }
                 // Not everything that was sent is there.
                 for answer in answers.iter_mut().filter(|_| partial) {
                     if let Message::MorphValidate(m) = answer {
@@ -245,7 +286,7 @@ fn stateless(message: Message) -> Vec<Message> {
 }
 
 impl One {
-    fn answer(&mut self, message: Message) -> Vec<Message> {
+    fn answer(&mut self, message: Message, directly: bool, partial: bool, refuses: bool) -> Vec<Message> {
         let s = &self.service;
         match message {
             Message::MorphNegotiate(m) if m.sections.is_empty() => {
@@ -256,19 +297,24 @@ impl One {
                     version: s.version,
                 });
                 self.offered = if s.state() == State::Active { own.collect() } else { vec![] };
-                vec![MorphNegotiate { sections: self.offered.clone(), reply: yes(), ..m }.into()]
+                let sections = self.offered.clone();
+                vec![MorphNegotiate { sections, takes_over: directly, reply: yes(), ..m }.into()]
             }
             Message::MorphNegotiate(m) => {
                 let new = s.state() == State::New;
                 self.offered.clone_from(&m.sections);
                 let reply = judged(if new { Ok(()) } else { Err("it takes no state".into()) });
-                vec![MorphNegotiate { reply, ..m }.into()]
+                let token = u64::from(directly);
+                vec![MorphNegotiate { reply, token, takes_over: directly, ..m }.into()]
             }
             Message::MorphTransferState(m) if m.last => {
                 let names: Vec<&str> =
                     self.offered.iter().map(|s| s.name.trim_start_matches("count/")).collect();
                 let done = names.iter().try_for_each(|n| s.imported(n));
                 let (morph, freeze) = (m.morph, m.freeze && done.is_ok());
+                if m.takes_over && m.freeze {
+                    return vec![self.take_over(m, partial, refuses)];
+                }
                 let mut out = vec![MorphTransferState { reply: judged(done), ..m }.into()];
                 if freeze {
                     out.push(MorphValidate { morph, digests: self.digests(), reply: None }.into());
@@ -286,15 +332,71 @@ impl One {
             }
             Message::MorphCommit(m) => {
                 let done = if m.serves { s.activate() } else { s.retire() };
-                s.answered();
                 vec![MorphCommit { reply: judged(done), ..m }.into()]
             }
             Message::MorphRollback(m) => {
-                let done = if m.serves { s.thaw() } else { s.discard() };
-                vec![MorphRollback { reply: judged(done), ..m }.into()]
+                let took_over = !m.serves && s.state() == State::Active;
+                let done = match (m.serves, took_over) {
+                    (true, _) => s.thaw(),
+                    (_, true) => Ok(()),
+                    _ => s.discard(),
+                };
+                if !m.serves && !took_over {
+                    self.offered.clear();
+                }
+                vec![MorphRollback { reply: judged(done), took_over, ..m }.into()]
             }
             other => stateless(other),
         }
+    }
+
+    /// Put what comes from another kernel in its place. What is said of that to the daemon.
+    fn takes(&mut self, said: Vec<Message>) -> Vec<Message> {
+        let (mut bytes, mut out, mut ended) = (0, vec![], None);
+        for message in said {
+            match message {
+                Message::MorphTransferState(m) if !m.last => {
+                    bytes += m.data.0.len() as u64;
+                    self.answer(m.into(), true, false, false);
+                }
+                Message::MorphTransferState(m) => {
+                    ended = Some(m.round);
+                    out.push(MorphTransferState { direct: true, bytes, sent: bytes, ..m }.into());
+                }
+                Message::MorphValidate(m) => {
+                    self.arrived = ended.map(|round| (round, m.digests.clone()));
+                    out.push(m.into());
+                }
+                other => out.push(other),
+            }
+        }
+        if let (Some(round), true) = (ended, self.arrived.as_ref().is_none_or(|(r, _)| Some(*r) != ended)) {
+            self.arrived = Some((round, vec![]));
+        }
+        out
+    }
+
+    /// Serve, when everything is there.
+    fn take_over(&self, m: MorphTransferState, partial: bool, refuses: bool) -> Message {
+        let mut own = self.digests();
+        if partial {
+            own[1].digest = vec![0].into();
+        }
+        let sent = self.arrived.as_ref().map(|(_, digests)| digests);
+        let wrong = self
+            .offered
+            .iter()
+            .zip(&own)
+            .enumerate()
+            .find(|(n, (_, own))| sent.and_then(|s| s.get(*n)).is_none_or(|sent| sent != *own));
+        let (took_over, done) = match wrong {
+            Some((_, (section, _))) => {
+                (false, Err(format!("section {} differs from what was sent", section.name)))
+            }
+            None if refuses => (true, Err("no room".into())),
+            None => (true, self.service.activate()),
+        };
+        MorphTransferState { took_over, reply: judged(done), ..m }.into()
     }
 
     fn digests(&self) -> Vec<SectionDigest> {
