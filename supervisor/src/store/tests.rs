@@ -222,11 +222,14 @@ async fn a_long_trouble_keeps_a_bounded_number_of_steps() {
     assert_eq!((steps.len(), steps[0].at_unix_ms), (writer::KEPT_STEPS, extra));
 }
 
-/// Write many at once, in order: tokio would let others go first now and then.
+/// Write many at once, in order: tokio would let others go first now and then, and who waits for room may be overtaken.
 async fn write_all(store: &SqliteStore, steps: impl Iterator<Item = RecoveryStep>) {
-    let all = futures::future::join_all(steps.map(|s| store.write_step(s)));
-    for result in tokio::task::unconstrained(all).await {
-        result.unwrap();
+    let mut steps = steps.peekable();
+    while steps.peek().is_some() {
+        let some = futures::future::join_all(steps.by_ref().take(QUEUE / 2).map(|s| store.write_step(s)));
+        for result in tokio::task::unconstrained(some).await {
+            result.unwrap();
+        }
     }
 }
 
