@@ -241,6 +241,12 @@ pub(super) struct Copied {
     direct: bool,
 }
 
+/// What both kernels were asked of a round, to be answered.
+struct Told {
+    old: u32,
+    new: u32,
+}
+
 /// The connections to both kernels.
 pub(super) struct Lines {
     pub(super) old: Line,
@@ -342,13 +348,9 @@ impl Lines {
     /// longer for the first time, does so now.
     pub(super) async fn rehearse(&mut self, hands_over: bool) -> Result<(), Trouble> {
         if hands_over {
-            let (round, seen) = (self.rounds, self.live.begin());
-            let request = self.ask_for(round, false, None, true)?;
-            self.old.flush().await?;
-            let asked = self.end_of(round, true, false, true)?;
-            self.new.flush().await?;
-            self.pass_on(request, &seen, true).await?;
-            return self.see_placed(asked).await;
+            let told = self.tell_both(self.rounds, false, true).await?;
+            self.directly(&told).await?;
+            return self.see_placed(told.new).await;
         }
         self.copy(self.rounds, None).await?;
         for line in [&mut self.old, &mut self.new] {
@@ -368,6 +370,25 @@ impl Lines {
         self.new.silence = Some(silence);
     }
 
+    /// Have a round go from kernel to kernel without another word from here: what comes is put in place as it comes.
+    async fn tell_both(&mut self, round: u32, freeze: bool, takes_over: bool) -> Result<Told, Trouble> {
+        let old = self.ask_for(round, freeze, None, takes_over)?;
+        self.old.flush().await?;
+        let new = self.end_of(round, true, freeze, takes_over)?;
+        self.new.flush().await?;
+        Ok(Told { old, new })
+    }
+
+    /// See how the old kernel ended that round. The new one waits in vain when it did not go there.
+    async fn directly(&mut self, told: &Told) -> Result<Copied, Trouble> {
+        let seen = self.live.begin();
+        let copied = self.pass_on(told.old, &seen, true).await?;
+        if !copied.direct {
+            return Err(self.old.lost("its connection to the new kernel is lost"));
+        }
+        Ok(copied)
+    }
+
     /// Whether the new kernel can take over by itself: all that it needs comes from the old one.
     pub(super) fn can_hand_over(&self) -> bool {
         self.hands_over && self.direct
@@ -376,17 +397,10 @@ impl Lines {
     /// Have the workload stand still, copy what is left, and have the new kernel take over when that is right.
     pub(super) async fn hand_over(&mut self, round: u32) -> Result<Last, Trouble> {
         let began = Instant::now();
-        let request = self.ask_for(round, true, None, true)?;
-        let seen = self.live.begin();
-        self.old.flush().await?;
-        let asked = self.end_of(round, true, true, true)?;
-        self.new.flush().await?;
-        let Copied { bytes, froze, direct, .. } = self.pass_on(request, &seen, true).await?;
-        if !direct {
-            return Err(self.old.lost("its connection to the new kernel is lost"));
-        }
+        let told = self.tell_both(round, true, true).await?;
+        let Copied { bytes, froze, .. } = self.directly(&told).await?;
         let copied = began.elapsed().saturating_sub(froze);
-        match self.new.next(asked).await? {
+        match self.new.next(told.new).await? {
             Message::MorphTransferState(m) if m.took_over => match self.new.judge(m.reply) {
                 Ok(()) => Ok(Last { bytes, froze, copied, taken: true, ..Last::default() }),
                 Err(trouble) => Err(Trouble::Stuck(trouble.text())),
@@ -405,23 +419,15 @@ impl Lines {
             return Ok(Last::default());
         }
         let began = Instant::now();
-        let request = self.ask_for(round, true, None, false)?;
-        let seen = self.live.begin();
-        // What goes from kernel to kernel is put in place as it comes, without another word from here.
-        let asked = match self.direct {
-            true => {
-                self.old.flush().await?;
-                let asked = self.end_of(round, true, true, false)?;
-                self.new.flush().await?;
-                Some(asked)
-            }
-            false => None,
-        };
-        let Copied { bytes, froze, direct, .. } = self.pass_on(request, &seen, asked.is_some()).await?;
-        let asked = match asked {
-            Some(_) if !direct => return Err(self.old.lost("its connection to the new kernel is lost")),
-            Some(asked) => asked,
-            None => self.end_of(round, direct, true, false)?,
+        let (request, asked, Copied { bytes, froze, .. }) = if self.direct {
+            let told = self.tell_both(round, true, false).await?;
+            let copied = self.directly(&told).await?;
+            (told.old, told.new, copied)
+        } else {
+            let request = self.ask_for(round, true, None, false)?;
+            let seen = self.live.begin();
+            let copied = self.pass_on(request, &seen, false).await?;
+            (request, self.end_of(round, copied.direct, true, false)?, copied)
         };
         let sent = self.old.digests(request).await?;
         self.see_placed(asked).await?;
