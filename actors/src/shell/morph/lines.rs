@@ -241,6 +241,29 @@ pub(super) struct Copied {
     direct: bool,
 }
 
+/// What a round is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Aim {
+    /// It goes ahead of the last one, while the workload serves.
+    Copy,
+    /// All that is done in [`Aim::HandOver`] is done once before.
+    Rehearse,
+    /// The workload stands still; kmorphd decides.
+    Last,
+    /// The workload stands still; the new kernel takes over when everything is right.
+    HandOver,
+}
+
+impl Aim {
+    fn freezes(self) -> bool {
+        matches!(self, Aim::Last | Aim::HandOver)
+    }
+
+    fn takes_over(self) -> bool {
+        matches!(self, Aim::Rehearse | Aim::HandOver)
+    }
+}
+
 /// What both kernels were asked of a round, to be answered.
 struct Told {
     old: u32,
@@ -334,7 +357,7 @@ impl Lines {
         if self.sections.is_empty() {
             return Ok(Copied::default());
         }
-        let request = self.ask_for(round, false, throttle, false)?;
+        let request = self.ask_for(round, Aim::Copy, throttle)?;
         let seen = self.live.begin();
         let mut copied = self.pass_on(request, &seen, false).await?;
         self.placed(round, copied.direct).await?;
@@ -348,7 +371,7 @@ impl Lines {
     /// longer for the first time, does so now.
     pub(super) async fn rehearse(&mut self, hands_over: bool) -> Result<(), Trouble> {
         if hands_over {
-            let told = self.tell_both(self.rounds, false, true).await?;
+            let told = self.tell_both(self.rounds, Aim::Rehearse).await?;
             self.directly(&told).await?;
             return self.see_placed(told.new).await;
         }
@@ -371,10 +394,10 @@ impl Lines {
     }
 
     /// Have a round go from kernel to kernel without another word from here: what comes is put in place as it comes.
-    async fn tell_both(&mut self, round: u32, freeze: bool, takes_over: bool) -> Result<Told, Trouble> {
-        let old = self.ask_for(round, freeze, None, takes_over)?;
+    async fn tell_both(&mut self, round: u32, aim: Aim) -> Result<Told, Trouble> {
+        let old = self.ask_for(round, aim, None)?;
         self.old.flush().await?;
-        let new = self.end_of(round, true, freeze, takes_over)?;
+        let new = self.end_of(round, true, aim)?;
         self.new.flush().await?;
         Ok(Told { old, new })
     }
@@ -397,7 +420,7 @@ impl Lines {
     /// Have the workload stand still, copy what is left, and have the new kernel take over when that is right.
     pub(super) async fn hand_over(&mut self, round: u32) -> Result<Last, Trouble> {
         let began = Instant::now();
-        let told = self.tell_both(round, true, true).await?;
+        let told = self.tell_both(round, Aim::HandOver).await?;
         let Copied { bytes, froze, .. } = self.directly(&told).await?;
         let copied = began.elapsed().saturating_sub(froze);
         match self.new.next(told.new).await? {
@@ -420,14 +443,14 @@ impl Lines {
         }
         let began = Instant::now();
         let (request, asked, Copied { bytes, froze, .. }) = if self.direct {
-            let told = self.tell_both(round, true, false).await?;
+            let told = self.tell_both(round, Aim::Last).await?;
             let copied = self.directly(&told).await?;
             (told.old, told.new, copied)
         } else {
-            let request = self.ask_for(round, true, None, false)?;
+            let request = self.ask_for(round, Aim::Last, None)?;
             let seen = self.live.begin();
             let copied = self.pass_on(request, &seen, false).await?;
-            (request, self.end_of(round, copied.direct, true, false)?, copied)
+            (request, self.end_of(round, copied.direct, Aim::Last)?, copied)
         };
         let sent = self.old.digests(request).await?;
         self.see_placed(asked).await?;
@@ -449,27 +472,13 @@ impl Lines {
         Ok(())
     }
 
-    fn ask_for(
-        &mut self,
-        round: u32,
-        freeze: bool,
-        throttle: Option<u8>,
-        takes_over: bool,
-    ) -> Result<u32, Trouble> {
+    fn ask_for(&mut self, round: u32, aim: Aim, throttle: Option<u8>) -> Result<u32, Trouble> {
         self.rounds = self.rounds.max(round.saturating_add(1));
         let (morph, token) = (self.morph, self.token);
         let (peer, window) = if token == 0 { (0, 0) } else { (self.new.instance, self.window) };
-        let ask = MorphTransferState {
-            morph,
-            round,
-            freeze,
-            throttle,
-            peer,
-            token,
-            window,
-            takes_over,
-            ..Default::default()
-        };
+        let (freeze, takes_over) = (aim.freezes(), aim.takes_over());
+        let to = MorphTransferState { peer, token, window, ..Default::default() };
+        let ask = MorphTransferState { morph, round, freeze, throttle, takes_over, ..to };
         self.old.send(&ask.into())
     }
 
@@ -511,8 +520,9 @@ impl Lines {
         }
     }
 
-    fn end_of(&mut self, round: u32, direct: bool, freeze: bool, takes_over: bool) -> Result<u32, Trouble> {
+    fn end_of(&mut self, round: u32, direct: bool, aim: Aim) -> Result<u32, Trouble> {
         let (morph, last) = (self.morph, true);
+        let (freeze, takes_over) = (aim.freezes(), aim.takes_over());
         let end = MorphTransferState { morph, round, last, direct, freeze, takes_over, ..Default::default() };
         self.new.send(&end.into())
     }
@@ -525,7 +535,7 @@ impl Lines {
     }
 
     async fn placed(&mut self, round: u32, direct: bool) -> Result<(), Trouble> {
-        let request = self.end_of(round, direct, false, false)?;
+        let request = self.end_of(round, direct, Aim::Copy)?;
         self.see_placed(request).await
     }
 }

@@ -11,11 +11,13 @@ mod operators;
 mod policies;
 mod restart;
 mod service;
+mod sessions;
 mod shared;
 mod sim;
 mod standbys;
 mod states;
 mod switch;
+mod takeovers;
 mod topology;
 mod workload;
 

@@ -2,10 +2,6 @@
 
 use std::sync::atomic::Ordering;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-
-use super::fake::SESSIONS;
 use super::morphs::{again, at_rest, on, to};
 use super::*;
 
@@ -15,7 +11,7 @@ async fn counting() -> World {
 
 /// How the state of a workload gets to the new kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     ThroughTheDaemon,
     /// From kernel to kernel, and the new one takes over by itself.
     Directly,
@@ -23,7 +19,7 @@ enum Way {
 
 const WAYS: [Way; 2] = [Way::ThroughTheDaemon, Way::Directly];
 
-async fn counting_in(way: Way) -> World {
+pub(super) async fn counting_in(way: Way) -> World {
     let w = world().await;
     w.fake.workloads.switch_on();
     if way == Way::Directly {
@@ -38,7 +34,7 @@ async fn counting_in(way: Way) -> World {
 }
 
 /// Wait until this kernel's workload, and no other, serves.
-async fn served(w: &World, id: u16) {
+pub(super) async fn served(w: &World, id: u16) {
     let limit = Instant::now() + PATIENCE;
     loop {
         let serving = w.fake.workloads.serving();
@@ -274,140 +270,6 @@ async fn a_daemon_killed_at_any_message_is_followed_by_one_that_ends_what_it_beg
     }
 }
 
-/// A kernel that takes over by itself, of which the daemon does not hear; until `seen` nothing more happens.
-async fn took_over_unheard() -> (World, Arc<tokio::sync::Notify>) {
-    let w = counting_in(Way::Directly).await;
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.workloads.script("511 TAKE", Next::Unanswered(gate.clone()));
-    (w, gate)
-}
-
-async fn asked_before_it_was_given_up(w: &World) {
-    at_rest(w, 511).await;
-    served(w, 511).await;
-    assert_eq!(w.fake.workloads.count(511), 6);
-    assert!(w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK"), "it was not asked");
-    assert_eq!(w.fake.count("fence 511"), 0);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_kernel_that_took_over_and_whose_answer_is_lost_is_the_instance() {
-    let (w, gate) = took_over_unheard().await;
-    gate.notify_one();
-    let view = w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
-    assert_eq!(view.committed, Some(true));
-    let told = view.steps.iter().any(|s| s.detail.contains("the new kernel had taken over"));
-    assert!(told, "{:?}", view.steps);
-    asked_before_it_was_given_up(&w).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_kernel_that_took_over_while_the_daemon_died_is_the_instance() {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    let w = again(w).await;
-    asked_before_it_was_given_up(&w).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_kernel_that_took_over_and_whose_workload_cannot_begin_is_stopped() {
-    let w = counting_in(Way::Directly).await;
-    w.fake.workloads.script("ACTIVATE", Next::Fail("no room"));
-    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
-    assert!(error.message.contains("the old kernel goes on") && error.message.contains("no room"), "{error}");
-    at_rest(&w, 1).await;
-    served(&w, 1).await;
-    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_old_kernel_that_dies_when_another_took_over_is_missed_by_nobody() {
-    let (w, _gate) = took_over_unheard().await;
-    let dies = async {
-        served(&w, 511).await;
-        w.fake.panic(1, "die").await;
-    };
-    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), dies);
-    assert_eq!(ended.unwrap().committed, Some(true));
-    asked_before_it_was_given_up(&w).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_old_kernel_that_dies_before_the_next_daemon_knows_who_took_over_never_serves_again() {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    w.tree.kill_for_test();
-    w.fake.panic_unseen(1);
-    // The question who took over is answered late: what is healed meanwhile is not told to serve.
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.workloads.script("511 ROLLBACK", Next::Block(gate.clone()));
-    let w = again(w).await;
-    let limit = Instant::now() + PATIENCE;
-    while !w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK") {
-        assert!(Instant::now() < limit, "nobody asks");
-        w.pass(MS).await;
-    }
-    assert_eq!(w.fake.workloads.serving(), [511]);
-    gate.notify_one();
-    at_rest(&w, 511).await;
-    served(&w, 511).await;
-    assert_eq!(w.fake.workloads.count(511), 6);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_kernel_that_took_over_and_is_lost_before_anybody_knows_leaves_everything_with_the_old_one() {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    w.tree.kill_for_test();
-    let incarnation = w.fake.running(511).unwrap();
-    w.fake.panic_unseen(511);
-    w.fake.workloads.end((InstanceId(511), incarnation));
-    let w = again(w).await;
-    at_rest(&w, 1).await;
-    served(&w, 1).await;
-    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_operator_who_gives_up_too_late_is_told_and_the_new_kernel_serves() {
-    let (w, _gate) = took_over_unheard().await;
-    let cancels = async {
-        served(&w, 511).await;
-        w.tree.morph_rollback("web").await
-    };
-    let (ended, cancelled) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), cancels);
-    assert_eq!(ended.unwrap().committed, Some(true));
-    assert_eq!(cancelled.unwrap().committed, Some(true), "it was committed");
-    asked_before_it_was_given_up(&w).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
-    let (w, gate) = took_over_unheard().await;
-    let mends = async {
-        served(&w, 511).await;
-        w.store.broken.store(true, Ordering::SeqCst);
-        gate.notify_one();
-        w.pass(Duration::from_secs(3)).await;
-        assert_eq!(w.fake.workloads.serving(), [511]);
-        w.store.broken.store(false, Ordering::SeqCst);
-    };
-    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), mends);
-    assert_eq!(ended.unwrap().committed, Some(true));
-    at_rest(&w, 511).await;
-    served(&w, 511).await;
-    assert_eq!(w.fake.workloads.count(511), 6);
-}
-
 #[tokio::test(start_paused = true)]
 async fn a_record_that_cannot_be_written_has_the_old_workload_go_on() {
     for way in WAYS {
@@ -422,144 +284,6 @@ async fn a_record_that_cannot_be_written_has_the_old_workload_go_on() {
         served(&w, 1).await;
         assert_eq!(w.fake.workloads.count(1), 6);
     }
-}
-
-/// A client whose connection is never broken: every answer is one more than the one before.
-async fn counts(port: u16, stop: Arc<std::sync::atomic::AtomicBool>) -> u64 {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let mut last = 0;
-    while !stop.load(Ordering::SeqCst) {
-        stream.write_all(b"+").await.unwrap();
-        let mut answer = [0; 8];
-        stream.read_exact(&mut answer).await.unwrap();
-        let count = u64::from_le_bytes(answer);
-        assert!(count > last, "{count} after {last}");
-        last = count;
-    }
-    stream.shutdown().await.unwrap();
-    let mut rest = vec![];
-    stream.read_to_end(&mut rest).await.unwrap();
-    assert!(rest.is_empty());
-    last
-}
-
-#[tokio::test]
-async fn connections_of_clients_outlive_kernels() {
-    let w = world().await;
-    w.fake.workloads.switch_on();
-    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let publish = format!("tcp:127.0.0.1:{port}=vsock:{SESSIONS},sessions").parse().unwrap();
-    w.tree.spawn(SpawnArgs { publish: vec![publish], ..args("web") }).await.unwrap();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let clients: Vec<_> = (0..4).map(|_| tokio::spawn(counts(port, stop.clone()))).collect();
-    let joined = async {
-        while w.tree.status("web").await.unwrap().publish[0].open < 4 {
-            w.pass(MS).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(30), joined).await.unwrap();
-    for round in 0..3 {
-        // Once it is undone at the last moment, and the clients go on where they were.
-        let undone = round == 1;
-        if undone {
-            w.fake.workloads.script("510 COMMIT", Next::Fail("lost"));
-        }
-        let ended = w.tree.morph(to(MorphGoal::Commit)).await;
-        assert_eq!(ended.is_err(), undone, "{ended:?}");
-        if let Ok(view) = ended {
-            let moved =
-                view.steps.iter().any(|s| s.detail.contains("4 connections went on with the new kernel"));
-            assert!(moved, "{:?}", view.steps);
-        }
-    }
-    stop.store(true, Ordering::SeqCst);
-    let mut most = 0;
-    for client in clients {
-        most = most.max(client.await.unwrap());
-    }
-    let web = w.tree.status("web").await.unwrap();
-    // Every count was given out once: the next is the first that nobody has seen.
-    assert_eq!(w.fake.workloads.count(web.id), most + 1);
-    assert_eq!((web.publish[0].failed, web.publish[0].moved), (0, 8));
-}
-
-/// A morph whose commit the new agent carries out without ever answering: with a client that is welcomed there, and without.
-async fn unanswered(client: bool) -> (World, u16, Option<TcpStream>) {
-    let w = world().await;
-    w.fake.workloads.switch_on();
-    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let publish = format!("tcp:127.0.0.1:{port}=vsock:{SESSIONS},sessions").parse().unwrap();
-    w.tree.spawn(SpawnArgs { publish: vec![publish], ..args("web") }).await.unwrap();
-    let mut stream = None;
-    if client {
-        let mut one = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-        assert_eq!(once_more(&mut one).await, 1);
-        stream = Some(one);
-    }
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.workloads.script("511 COMMIT", Next::Unanswered(gate.clone()));
-    let goes_on = async {
-        match &mut stream {
-            // The answer comes from the new kernel: the old one stands still.
-            Some(one) => assert_eq!(once_more(one).await, 2),
-            None => served(&w, 511).await,
-        }
-        gate.notify_one();
-    };
-    let asks = async {
-        let limit = Instant::now() + PATIENCE;
-        while !w.fake.workloads.log().iter().any(|l| l == "511 COMMIT") {
-            assert!(Instant::now() < limit);
-            tokio::time::sleep(MS).await;
-        }
-        goes_on.await;
-    };
-    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), asks);
-    let (id, committed) = if client { (511, Ok(Some(true))) } else { (1, Err(())) };
-    assert_eq!(ended.map(|v| v.committed).map_err(drop), committed);
-    served(&w, id).await;
-    (w, id, stream)
-}
-
-async fn once_more(stream: &mut TcpStream) -> u64 {
-    let mut answer = [0; 8];
-    stream.write_all(b"+").await.unwrap();
-    let read = tokio::time::timeout(PATIENCE, stream.read_exact(&mut answer));
-    read.await.unwrap().unwrap();
-    u64::from_le_bytes(answer)
-}
-
-#[tokio::test]
-async fn there_is_no_way_back_from_a_kernel_that_has_answered_a_client() {
-    let (w, id, stream) = unanswered(true).await;
-    let mut stream = stream.unwrap();
-    assert_eq!(once_more(&mut stream).await, 3);
-    assert_eq!(w.fake.workloads.count(id), 4);
-}
-
-#[tokio::test]
-async fn a_kernel_that_has_answered_nobody_and_says_nothing_is_stopped_and_the_old_one_goes_on() {
-    let (w, id, _) = unanswered(false).await;
-    assert_eq!(w.fake.workloads.count(id), 1);
-}
-
-#[tokio::test]
-async fn a_crash_resets_the_sessions_it_took_along_before_the_next_kernel_is_there() {
-    let w = world().await;
-    w.fake.workloads.switch_on();
-    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let publish = format!("tcp:127.0.0.1:{port}=vsock:{SESSIONS},sessions").parse().unwrap();
-    w.tree.spawn(SpawnArgs { publish: vec![publish], ..args("web") }).await.unwrap();
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let mut answer = [0; 8];
-    stream.write_all(b"+").await.unwrap();
-    stream.read_exact(&mut answer).await.unwrap();
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.script("boot", &[Next::Block(gate.clone())]);
-    w.fake.panic(1, "die").await;
-    let end = tokio::time::timeout(Duration::from_secs(15), stream.read_exact(&mut answer)).await.unwrap();
-    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
-    gate.notify_one();
 }
 
 async fn with_memory() -> World {

@@ -1,0 +1,141 @@
+//! Morphs whose new kernel takes over by itself and of which nobody hears: one serves in the end, with everything.
+
+use std::sync::atomic::Ordering;
+
+use super::morphs::{again, at_rest, to};
+use super::states::{Way, counting_in, served};
+use super::*;
+
+/// A kernel that takes over by itself, of which the daemon does not hear; until `seen` nothing more happens.
+async fn took_over_unheard() -> (World, Arc<tokio::sync::Notify>) {
+    let w = counting_in(Way::Directly).await;
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("511 TAKE", Next::Unanswered(gate.clone()));
+    (w, gate)
+}
+
+async fn asked_before_it_was_given_up(w: &World) {
+    at_rest(w, 511).await;
+    served(w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+    assert!(w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK"), "it was not asked");
+    assert_eq!(w.fake.count("fence 511"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_answer_is_lost_is_the_instance() {
+    let (w, gate) = took_over_unheard().await;
+    gate.notify_one();
+    let view = w.tree.morph(to(MorphGoal::Commit)).await.unwrap();
+    assert_eq!(view.committed, Some(true));
+    let told = view.steps.iter().any(|s| s.detail.contains("the new kernel had taken over"));
+    assert!(told, "{:?}", view.steps);
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_while_the_daemon_died_is_the_instance() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    let w = again(w).await;
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_workload_cannot_begin_is_stopped() {
+    let w = counting_in(Way::Directly).await;
+    w.fake.workloads.script("ACTIVATE", Next::Fail("no room"));
+    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+    assert!(error.message.contains("the old kernel goes on") && error.message.contains("no room"), "{error}");
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_kernel_that_dies_when_another_took_over_is_missed_by_nobody() {
+    let (w, _gate) = took_over_unheard().await;
+    let dies = async {
+        served(&w, 511).await;
+        w.fake.panic(1, "die").await;
+    };
+    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), dies);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_kernel_that_dies_before_the_next_daemon_knows_who_took_over_never_serves_again() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    w.fake.panic_unseen(1);
+    // The question who took over is answered late: what is healed meanwhile is not told to serve.
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("511 ROLLBACK", Next::Block(gate.clone()));
+    let w = again(w).await;
+    let limit = Instant::now() + PATIENCE;
+    while !w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK") {
+        assert!(Instant::now() < limit, "nobody asks");
+        w.pass(MS).await;
+    }
+    assert_eq!(w.fake.workloads.serving(), [511]);
+    gate.notify_one();
+    at_rest(&w, 511).await;
+    served(&w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_is_lost_before_anybody_knows_leaves_everything_with_the_old_one() {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    let incarnation = w.fake.running(511).unwrap();
+    w.fake.panic_unseen(511);
+    w.fake.workloads.end((InstanceId(511), incarnation));
+    let w = again(w).await;
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_who_gives_up_too_late_is_told_and_the_new_kernel_serves() {
+    let (w, _gate) = took_over_unheard().await;
+    let cancels = async {
+        served(&w, 511).await;
+        w.tree.morph_rollback("web").await
+    };
+    let (ended, cancelled) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), cancels);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    assert_eq!(cancelled.unwrap().committed, Some(true), "it was committed");
+    asked_before_it_was_given_up(&w).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
+    let (w, gate) = took_over_unheard().await;
+    let mends = async {
+        served(&w, 511).await;
+        w.store.broken.store(true, Ordering::SeqCst);
+        gate.notify_one();
+        w.pass(Duration::from_secs(3)).await;
+        assert_eq!(w.fake.workloads.serving(), [511]);
+        w.store.broken.store(false, Ordering::SeqCst);
+    };
+    let (ended, ()) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), mends);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    at_rest(&w, 511).await;
+    served(&w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+}
