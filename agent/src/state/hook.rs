@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -96,6 +96,8 @@ pub struct Hook {
     windows: bool,
     /// Key of the window it has; 0: none.
     window: AtomicU64,
+    /// It was given pieces of state.
+    given: AtomicBool,
     state: AtomicU8,
     refused: Mutex<Refused>,
     jobs: mpsc::Sender<Job>,
@@ -161,9 +163,19 @@ impl Hook {
         let _ = self.told.send(order);
     }
 
+    /// What it was given for a morph that was broken off would be mixed with what comes: it forgets that.
+    pub fn forgets(&self) {
+        if self.given.swap(false, Ordering::SeqCst) {
+            self.tell(Order::Discard);
+        }
+    }
+
     /// Say it after what was said before. The answer can be awaited when more was said.
     pub async fn say(&self, order: Order) -> Result<Answer, String> {
         let (reply, answer) = oneshot::channel();
+        if matches!(order, Order::Take { .. }) {
+            self.given.store(true, Ordering::SeqCst);
+        }
         self.jobs.send(Job::Order(order, Some(reply))).await.map_err(|_| self.lost())?;
         Ok(Answer { answer, lost: self.lost() })
     }
@@ -183,6 +195,7 @@ impl Hook {
 
     /// Give it a piece of a section.
     pub async fn import(&self, section: &str, offset: u64, bytes: Bytes) -> Result<(), String> {
+        self.given.store(true, Ordering::SeqCst);
         let job = Job::Import { section: section.to_owned(), offset, bytes };
         self.jobs.send(job).await.map_err(|_| self.lost())
     }
@@ -276,9 +289,10 @@ pub async fn introduce(stream: UnixStream) -> io::Result<Introduced> {
     let (jobs, waiting) = mpsc::channel(QUEUE);
     let (told, hearing) = mpsc::unbounded_channel();
     debug_assert!(name.len() <= NAME_LIMIT);
-    let (state_of, window) = (AtomicU8::new(0), AtomicU64::new(0));
+    let (state_of, window, given) = (AtomicU8::new(0), AtomicU64::new(0), AtomicBool::new(false));
     let refused = Mutex::default();
-    let hook = Hook { name, sections, throttles, windows, window, state: state_of, refused, jobs, told };
+    let hook =
+        Hook { name, sections, throttles, windows, window, given, state: state_of, refused, jobs, told };
     hook.set_state(state);
     Ok(Introduced { hook: Arc::new(hook), reader: stream, writer, jobs: waiting, told: hearing })
 }

@@ -69,6 +69,10 @@ struct Inner {
     stage: Stage,
     hooks: Vec<Arc<Hook>>,
     plan: Option<Plan>,
+    /// This kernel has said that it does not take over in this morph.
+    ruled_out: Option<u64>,
+    /// A morph was undone, so a workload that stands still has not heard of that.
+    goes_on: bool,
     /// Workloads were throttled, and not told since that this is over.
     throttled: bool,
     /// Memory another kernel puts pieces into, for workloads that do not read there.
@@ -118,21 +122,27 @@ impl Broker {
 
     /// A workload has introduced itself. One of the same name that was there before is no more: names tell them apart.
     fn enter(&self, hook: Arc<Hook>) {
-        let begins = {
+        let order = {
             let mut inner = self.lock();
             inner.hooks.retain(|h| !h.is_gone() && h.name != hook.name);
             inner.hooks.push(hook.clone());
             // An agent that was started anew learns from its workloads where they are.
             match (hook.state(), inner.stage) {
                 (State::Active, Stage::Unknown) => inner.stage = Stage::Serves,
-                (State::Frozen, Stage::Unknown | Stage::Serves) => inner.stage = Stage::Frozen,
+                (State::Frozen, Stage::Unknown | Stage::Serves) if !inner.goes_on => {
+                    inner.stage = Stage::Frozen
+                }
                 (State::Retired, _) => inner.stage = Stage::Retired,
                 _ => {}
             }
-            inner.stage == Stage::Serves && hook.state() == State::New
+            match hook.state() {
+                State::New if inner.stage == Stage::Serves => Some(Order::Activate),
+                State::Frozen if inner.goes_on => Some(Order::Thaw),
+                _ => None,
+            }
         };
-        if begins {
-            hook.tell(Order::Activate);
+        if let Some(order) = order {
+            hook.tell(order);
         }
         self.came.send_modify(|n| *n += 1);
     }

@@ -21,6 +21,8 @@ use super::{Arrived, Broker, DIGEST, Plan, Stage};
 /// A workload that was told to go on, or to give up, answers within this time, or the daemon is told that it does not.
 /// It gets the order all the same when it answers again.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Workloads come back to an agent that was started anew within this time.
+const RETURN_LIMIT: Duration = Duration::from_millis(600);
 /// The end of a round that comes directly is not far behind the daemon's word that it was sent.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -126,6 +128,14 @@ async fn all_in_time(hooks: Vec<Arc<Hook>>, order: Order) -> Result<(), String> 
     timeout(ANSWER_LIMIT, done).await.unwrap_or_else(|_| late())
 }
 
+/// A workload that is lost has lost what it was given.
+fn lost(plan: &Plan) -> Result<(), String> {
+    match plan.hooks().into_iter().find(|h| h.is_gone()) {
+        Some(hook) => Err(format!("workload {} is lost, and what it was given with it", hook.name)),
+        None => Ok(()),
+    }
+}
+
 fn offered(hook: &Hook, section: &Own) -> Section {
     Section {
         compatible: section.compatible.clone(),
@@ -158,6 +168,7 @@ impl Broker {
             came.mark_unchanged();
             match self.match_up(&m.sections) {
                 Ok(sections) => {
+                    sections.iter().for_each(|(hook, _)| hook.forgets());
                     self.lock().plan = Some(Plan { morph: m.morph, sections });
                     break Ok(String::new());
                 }
@@ -299,6 +310,7 @@ impl Broker {
                 return Err(format!("section {}/{section} differs from what was sent", hook.name));
             }
         }
+        lost(&plan)?;
         let mut inner = self.lock();
         // It is forgotten with the morph.
         if inner.plan.as_ref().is_none_or(|p| p.morph != m.morph) {
@@ -306,6 +318,29 @@ impl Broker {
         }
         inner.stage = Stage::Serves;
         Ok(())
+    }
+
+    /// Never take over in this morph. `false`: it has already.
+    async fn rule_out(&self, morph: u64) -> bool {
+        let knows = {
+            let inner = self.lock();
+            let plan = inner.plan.as_ref().is_some_and(|p| p.morph == morph);
+            plan || inner.ruled_out == Some(morph) || inner.stage != Stage::Unknown
+        };
+        if !knows {
+            // An agent that was started anew learns from its workloads what it did.
+            let until = Instant::now() + RETURN_LIMIT;
+            let mut came = self.came.subscribe();
+            while self.lock().stage == Stage::Unknown
+                && matches!(timeout_at(until, came.changed()).await, Ok(Ok(())))
+            {}
+        }
+        let mut inner = self.lock();
+        let serves = inner.stage == Stage::Serves;
+        if !serves {
+            (inner.plan, inner.ruled_out) = (None, Some(morph));
+        }
+        !serves
     }
 
     /// Say what everything here has come to.
@@ -325,9 +360,13 @@ impl Broker {
     async fn commit(&self, m: MorphCommit) -> MorphCommit {
         let done = if m.serves {
             self.set(Stage::Serves);
-            all_in_time(self.in_state(&[State::New]), Order::Activate).await
+            let begun = all_in_time(self.in_state(&[State::New]), Order::Activate).await;
+            begun.and_then(|()| self.plan(m.morph).map_or(Ok(()), |plan| lost(&plan)))
         } else {
-            self.set(Stage::Retired);
+            {
+                let mut inner = self.lock();
+                (inner.stage, inner.goes_on) = (Stage::Retired, false);
+            }
             all_in_time(self.in_state(&[State::Active, State::Frozen]), Order::Retire).await
         };
         let reply = reply(done.map(|()| String::new()));
@@ -336,8 +375,10 @@ impl Broker {
 
     async fn roll_back(&self, m: MorphRollback) -> MorphRollback {
         let done = if m.serves {
-            self.set(Stage::Serves);
-            self.lock().plan = None;
+            {
+                let mut inner = self.lock();
+                (inner.stage, inner.goes_on, inner.plan) = (Stage::Serves, true, None);
+            }
             // Who came meanwhile was not told to begin.
             for hook in self.in_state(&[State::New]) {
                 hook.tell(Order::Activate);
@@ -345,13 +386,10 @@ impl Broker {
             // Also those that were being frozen when the daemon turned away: they are told after that.
             all_in_time(self.in_state(&[State::Active, State::Frozen]), Order::Thaw).await
         } else {
-            {
-                let mut inner = self.lock();
-                if inner.stage == Stage::Serves {
-                    return MorphRollback { took_over: true, reply: reply(Ok(String::new())), ..m };
-                }
-                // From now on it never takes over.
-                inner.plan = None;
+            if !self.rule_out(m.morph).await {
+                // Those that are beginning still are waited for: this kernel has taken over when all of them serve.
+                let serve = all_in_time(self.in_state(&[State::New]), Order::Activate).await;
+                return MorphRollback { took_over: true, reply: reply(serve.map(|()| String::new())), ..m };
             }
             all_in_time(self.in_state(&[State::New]), Order::Discard).await
         };

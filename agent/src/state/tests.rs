@@ -1,7 +1,10 @@
+mod undone;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kmorph_state::hook::{self, Workload};
@@ -16,6 +19,7 @@ use kmp::message::{
 };
 use kmp::session::Event;
 use tokio::io::DuplexStream;
+use tokio::task::AbortHandle;
 
 use super::hook::introduce;
 use super::{Broker, Over, Reach, is_morph, serve};
@@ -23,7 +27,11 @@ use super::{Broker, Over, Reach, is_morph, serve};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Counts what it is sent: a byte is added to the cell it names, which is the answer.
-struct Cells;
+#[derive(Default)]
+struct Cells {
+    /// It cannot begin.
+    fails: Arc<AtomicBool>,
+}
 
 impl App for Cells {
     fn layout(&self) -> (&'static str, u32) {
@@ -37,6 +45,13 @@ impl App for Cells {
         answers.push(cell[0]);
         Ok(1)
     }
+
+    fn begin(&mut self, _: &mut Memory) -> Result<(), String> {
+        match self.fails.load(Ordering::SeqCst) {
+            true => Err("no room".into()),
+            false => Ok(()),
+        }
+    }
 }
 
 type Cell = Arc<Service<Cells>>;
@@ -44,8 +59,11 @@ type Cell = Arc<Service<Cells>>;
 /// A kernel with one workload, and the daemon's connection to its agent.
 struct Kernel {
     service: Cell,
+    fails: Arc<AtomicBool>,
     broker: Arc<Broker>,
     daemon: Connection<DuplexStream>,
+    /// The workload's connection, until it is aborted.
+    connected: AbortHandle,
 }
 
 fn hello(role: Role) -> Hello {
@@ -69,7 +87,7 @@ async fn daemon(broker: &Arc<Broker>) -> Connection<DuplexStream> {
 }
 
 /// Connect a workload to the agent.
-async fn hooked(broker: &Arc<Broker>, service: &Cell) {
+async fn hooked(broker: &Arc<Broker>, service: &Cell) -> AbortHandle {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let service = service.clone();
     std::thread::spawn(move || hook::serve(&*service, &ours, "test"));
@@ -77,15 +95,21 @@ async fn hooked(broker: &Arc<Broker>, service: &Cell) {
     let theirs = tokio::net::UnixStream::from_std(theirs).unwrap();
     let introduced = introduce(theirs).await.unwrap();
     broker.enter(introduced.hook());
-    tokio::spawn(introduced.run());
+    tokio::spawn(introduced.run()).abort_handle()
 }
 
 async fn kernel() -> Kernel {
     let broker = Arc::<Broker>::default();
-    let service = Arc::new(Service::new("cells", Cells, 2_000_000));
-    hooked(&broker, &service).await;
+    let (service, fails) = cells("cells");
+    let connected = hooked(&broker, &service).await;
     let daemon = daemon(&broker).await;
-    Kernel { service, broker, daemon }
+    Kernel { service, fails, broker, daemon, connected }
+}
+
+fn cells(name: &str) -> (Cell, Arc<AtomicBool>) {
+    let app = Cells::default();
+    let fails = app.fails.clone();
+    (Arc::new(Service::new(name, app, 2_000_000)), fails)
 }
 
 impl Kernel {

@@ -81,13 +81,22 @@ impl Morph {
 
     /// Go on after the supervisor itself was restarted. The commit record and the phase COMMITTING are written
     /// together, so what was remembered says whether it was decided. A morph that waits for its operator goes on
-    /// waiting; one that was under way is rolled back, because nobody saw how far it came.
+    /// waiting, with nothing copied: what both sides agreed on ended with the connections. One that was under way is
+    /// rolled back, because nobody saw how far it came.
     pub fn resume(limits: Limits, saved: Saved) -> (Morph, Vec<Action>) {
         let mut m = Morph::new(limits);
         let mut out = Vec::new();
         (m.phase, m.goal, m.rounds, m.why) = (saved.phase, saved.goal, saved.rounds, saved.why);
         match m.phase {
-            Phase::Idle | Phase::Prepared | Phase::Validated => {}
+            Phase::Idle | Phase::Prepared => {}
+            Phase::Validated => {
+                m.rounds = 0;
+                m.enter(
+                    Phase::Prepared,
+                    "the supervisor was restarted: what was copied is copied anew",
+                    &mut out,
+                );
+            }
             // Whoever was giving it back did not write that down.
             Phase::Committing | Phase::Returning => {
                 m.phase = Phase::Committing;

@@ -218,7 +218,8 @@ fn a_daemon_that_is_started_again_goes_on_waiting_goes_forward_or_goes_back() {
     for phase in Phase::ALL {
         let (m, actions) = Morph::resume(Limits::default(), at(phase, Goal::Commit).saved());
         let want = match phase {
-            Phase::Idle | Phase::Prepared | Phase::Validated => (phase, ""),
+            Phase::Idle | Phase::Prepared => (phase, ""),
+            Phase::Validated => (Phase::Prepared, "MORPH_PREPARING"),
             Phase::Committing | Phase::Returning => (Phase::Committing, "activate"),
             Phase::Growing => (phase, "grow"),
             Phase::RollingBack => (phase, "undo"),

@@ -19,12 +19,16 @@ pub(super) struct Parted {
 /// Everything that is kept from one piece of work to the next. Nothing of it outlives the daemon.
 #[derive(Default)]
 pub(super) struct Hand {
+    /// Both kernels agreed on what is handed over, if anything is.
+    pub(super) negotiated: bool,
     /// Connections to both agents. Absent while they are used: what is interrupted leaves none that is half-way
     /// through a conversation.
     pub(super) lines: Option<Lines>,
     pub(super) parted: Option<Parted>,
     /// The new kernel has taken over by itself: there is no way back.
     pub(super) taken: bool,
+    /// The new kernel's actor did not stand aside for the record.
+    pub(super) new_refused: bool,
     /// It has, and does not serve; why.
     pub(super) stuck: Option<String>,
     /// The workload stands still since then, and what came after that.
@@ -46,6 +50,14 @@ impl Hand {
     /// Nothing yet; rounds of copying are seen in `live`.
     pub(super) fn new(live: Live) -> Hand {
         Hand { live, ..Hand::default() }
+    }
+
+    /// What is handed over has to be agreed on: that it is nothing is not the same as not knowing.
+    pub(super) fn agreed(&self) -> Result<(), String> {
+        match self.negotiated {
+            true => Ok(()),
+            false => Err("what is handed over was not agreed on".into()),
+        }
     }
 
     /// Whether there is state that has to be handed over.

@@ -170,12 +170,12 @@ impl Line {
         }
     }
 
-    /// The new kernel forgets, unless it has taken over: whether it has.
+    /// The new kernel forgets, unless it has taken over: whether it has. One that has and does not serve is an error.
     pub(super) async fn withdraw(&mut self, morph: u64, reason: &str) -> Result<bool, Trouble> {
         let rollback = MorphRollback { morph, reason: reason.to_owned(), ..Default::default() };
         let request = self.send(&rollback.into())?;
         match self.next(request).await? {
-            Message::MorphRollback(m) if m.took_over => Ok(true),
+            Message::MorphRollback(m) if m.took_over => self.judge(m.reply).map(|()| true),
             Message::MorphRollback(m) => self.judge(m.reply).map(|()| false),
             other => Err(self.out_of_place(&other)),
         }

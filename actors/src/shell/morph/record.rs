@@ -16,23 +16,46 @@ use crate::shell::effects::unix_ms;
 use crate::shell::instance::{Instance, InstanceMsg};
 use crate::store::{InstanceRecord, MorphRecord, Role};
 
-/// Have both kernels' actors stand aside: from now on only this morph says which kernel is which.
-pub(super) async fn part(args: &MorphArgs, side: &Instance) -> Result<Parted, String> {
+/// Have both kernels' actors stand aside: from now on only this morph says which kernel is which. The new kernel's is asked
+/// first: when it refuses, that is what has to be known.
+pub(super) async fn part(args: &MorphArgs, side: &Instance) -> Result<Parted, Refused> {
     let mut parted: Vec<InstanceRecord> = vec![];
-    for instance in [&*args.instance, side] {
+    for (instance, new) in [(side, true), (&*args.instance, false)] {
         let answer = ask(instance, InstanceMsg::Part).await;
         match answer.unwrap_or_else(|| Err(format!("{}: its actor does not answer", instance.name))) {
             Ok(record) => parted.push(record),
             Err(why) => {
                 unite(args, side);
-                return Err(why);
+                return Err(Refused { new, why });
             }
         }
     }
     match <[InstanceRecord; 2]>::try_from(parted) {
-        Ok([old, new]) => Ok(Parted { old, new }),
-        Err(_) => Err("their actors do not answer".into()),
+        Ok([new, old]) => Ok(Parted { old, new }),
+        Err(_) => Err(Refused { new: false, why: "their actors do not answer".into() }),
     }
+}
+
+/// An actor does not stand aside.
+pub(super) struct Refused {
+    /// That of the new kernel.
+    new: bool,
+    why: String,
+}
+
+impl From<Refused> for String {
+    fn from(refused: Refused) -> String {
+        refused.why
+    }
+}
+
+/// What operators set of an instance that stands aside is set in whatever becomes of it.
+fn as_set(args: &MorphArgs, mut old: InstanceRecord) -> InstanceRecord {
+    let now = args.instance.record();
+    (old.policy, old.maintenance) = (now.policy, now.maintenance);
+    old.overrides.clone_from(&now.overrides);
+    drop(now);
+    old
 }
 
 /// Write the commit record: in one transaction the instance becomes the new kernel, and the other side the old
@@ -52,9 +75,13 @@ pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String)
         Some(parted) => parted,
         None => match part(args, &side).await {
             Ok(parted) => parted,
-            Err(why) => return not(why),
+            Err(refused) => {
+                hand.new_refused = refused.new;
+                return not(refused.why);
+            }
         },
     };
+    hand.new_refused = false;
     let Parted { old, new } = &parted;
     let Some(morph) = old.morph.clone() else {
         unite(hand, None, &side);
@@ -62,7 +89,7 @@ pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String)
     };
     let detail = format!("commit record: kernel {} takes over from {}", new.release, old.release);
     let step = step(&morph, &old.spec.name, new.incarnation, Phase::Committing, detail);
-    let (committed, retired) = exchanged(args, old, new, morph);
+    let (committed, retired) = exchanged(args, &as_set(args, old.clone()), new, morph);
     let env = &args.env;
     let records = [committed.clone(), retired.clone()];
     let decide = env.store.decide(&records, std::slice::from_ref(&step));
@@ -126,7 +153,7 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
         }
         let Ok(side) = sides(args) else { return Ok((Event::Withdrawn, String::new())) };
         // Its actor does not stand aside for it: it does not run any more.
-        if hand.parted.is_none() && began.elapsed() > args.env.config.effect_limit {
+        if hand.new_refused && began.elapsed() > args.env.config.effect_limit {
             let r = side.record().clone();
             if stop(args, Target { id: r.spec.id, incarnation: r.incarnation }).await.is_ok() {
                 return Ok((Event::Withdrawn, String::new()));
@@ -135,7 +162,9 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
         for instance in [&*args.instance, &*side] {
             instance.link.send(InstanceMsg::StandAside(args.env.config.effect_limit));
         }
-        sleep(LOOK_AGAIN).await;
+        // What takes that long an operator has to end: the kernel that serves is watched meanwhile.
+        let late = hand.parted.is_none() && began.elapsed() > args.env.config.effect_limit;
+        sleep(if late { LOOK_AGAIN * 50 } else { LOOK_AGAIN }).await;
     }
 }
 
@@ -267,6 +296,7 @@ pub(super) async fn give_back(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let detail = format!("the instance is given back to kernel {}", old.release);
     let step = step(morph, &old.spec.name, old.incarnation, Phase::RollingBack, detail);
     let env = &args.env;
+    let old = as_set(args, old);
     let records = [old.clone(), new.clone()];
     loop {
         let decide = env.store.decide(&records, std::slice::from_ref(&step));
@@ -280,7 +310,7 @@ pub(super) async fn give_back(args: &MorphArgs, hand: &mut Hand) -> Worked {
         }
         sleep(LOOK_AGAIN).await;
     }
-    args.instance.become_record(old);
+    args.instance.become_record(as_set(args, old));
     side.become_record(new);
     args.env.topology.changed();
     Ok((Event::Returned, String::new()))

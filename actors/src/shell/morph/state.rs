@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kmorph_control::views::{InstanceState, TransferView};
+use kmorph_platform::PlatformError;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
@@ -28,7 +29,7 @@ pub(super) fn number(args: &MorphArgs) -> u64 {
 /// Ask the old kernel what it has, and the new one whether it takes that.
 pub(super) async fn negotiate(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let side = sides(args)?;
-    (hand.lines, hand.transfer) = (None, None);
+    (hand.lines, hand.transfer, hand.negotiated) = (None, None, false);
     let live = hand.live.clone();
     let agreed = async {
         let mut lines = Lines::open(&args.env, &args.instance, &side, number(args), live).await?;
@@ -44,6 +45,7 @@ pub(super) async fn negotiate(args: &MorphArgs, hand: &mut Hand) -> Worked {
         Ok(lines) => lines,
         // Agents of an earlier release: there is no state to keep.
         Err(Trouble::Unsupported) => {
+            hand.negotiated = true;
             return Ok((
                 Event::Agreed,
                 "an agent knows nothing of state: the new kernel begins with its own".into(),
@@ -59,12 +61,13 @@ pub(super) async fn negotiate(args: &MorphArgs, hand: &mut Hand) -> Worked {
         let names: Vec<&str> = lines.sections.iter().map(|s| s.name.as_str()).collect();
         format!("{sections} sections are handed over: {}", names.join(", "))
     };
-    hand.lines = Some(lines);
+    (hand.lines, hand.negotiated) = (Some(lines), true);
     Ok((Event::Agreed, text))
 }
 
 /// Copy what there is, or what changed since, with the workload held back by so many percent of its pace.
 pub(super) async fn transfer(hand: &mut Hand, round: u32, throttle: u8) -> Worked {
+    hand.agreed()?;
     if !hand.has_state() {
         return Ok((Event::Round(Round::default()), String::new()));
     }
@@ -112,6 +115,7 @@ pub(super) async fn lift(hand: &mut Hand) -> Result<(), String> {
 /// takes over who is not well.
 pub(super) async fn freeze(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let side = sides(args)?;
+    hand.agreed()?;
     healthy(&args.env, &side).await?;
     if !hand.has_state() {
         return Ok((Event::Frozen, String::new()));
@@ -217,28 +221,40 @@ pub(super) async fn withdraw(args: &MorphArgs, hand: &mut Hand) -> Worked {
         return taken(hand);
     }
     let limit = args.instance.record().policy.heartbeat_timeout.min(args.env.config.effect_limit);
+    let mut never = false;
     if hand.stuck.is_none() {
-        let ask = async { Line::open(&args.env, &side).await?.withdraw(m.number, &m.saved.why).await };
+        // Whoever had no part in it so far may find an agent that is being started anew.
+        let again = hand.parted.is_none();
+        let ask = async {
+            loop {
+                let asked =
+                    async { Line::open(&args.env, &side).await?.withdraw(m.number, &m.saved.why).await };
+                match asked.await {
+                    Err(Trouble::Lost(_)) if again => sleep(LOOK_AGAIN).await,
+                    answer => break answer,
+                }
+            }
+        };
         match timeout(limit, ask).await {
             Ok(Ok(true)) => return taken(hand),
-            Ok(Ok(false)) => {}
+            Ok(Ok(false)) => never = true,
             Ok(Err(trouble)) => warn!(instance = %name, "the new kernel is stopped: {}", trouble.text()),
             Err(_) => warn!(instance = %name, ?limit, "the new kernel is stopped: it does not answer"),
         }
     }
-    match stop(args, target).await {
-        Ok(()) => {
-            if let Some(m) = &mut args.instance.record().morph {
-                m.handed_over = false;
-            }
-            Ok((Event::Withdrawn, "the new kernel is stopped and has not taken over".to_owned()))
-        }
+    let detail = match stop(args, target).await {
+        Ok(()) => "the new kernel is stopped and has not taken over".to_owned(),
+        Err(why) if never => format!("the new kernel never takes over, and may still run: {why}"),
         Err(why) => {
             // It may serve: then it is the one that does.
             error!(instance = %name, %why, "the new kernel cannot be stopped: the instance is that one");
-            taken(hand)
+            return taken(hand);
         }
+    };
+    if let Some(m) = &mut args.instance.record().morph {
+        m.handed_over = false;
     }
+    Ok((Event::Withdrawn, detail))
 }
 
 /// The new kernel's workload serves, and clients go there.
@@ -347,6 +363,8 @@ pub(super) async fn stop(args: &MorphArgs, target: Target) -> Result<(), String>
     match timeout(args.env.config.effect_limit, fence).await {
         Ok(Ok(report)) if report.complete => Ok(()),
         Ok(Ok(_)) => Err("a CPU of it may still run".to_owned()),
+        // Whoever was here before has stopped it and given back what it had.
+        Ok(Err(PlatformError::Unknown(_))) => Ok(()),
         Ok(Err(e)) => Err(e.to_string()),
         Err(_) => Err(format!("not stopped within {:?}", args.env.config.effect_limit)),
     }

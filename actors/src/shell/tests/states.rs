@@ -74,6 +74,30 @@ async fn the_count_goes_on_in_the_new_kernel() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_morph_that_waits_for_its_operator_under_the_next_daemon_copies_everything_anew() {
+    for way in WAYS {
+        let w = counting_in(way).await;
+        w.tree.morph(to(MorphGoal::Validate)).await.unwrap();
+        assert_eq!(w.fake.workloads.count(1), 6);
+        let w = again(w).await;
+        let limit = Instant::now() + PATIENCE;
+        while w.tree.morph_status("web").await.is_ok_and(|m| m.state != "MORPH_PREPARING") {
+            assert!(Instant::now() < limit, "{:?}", w.tree.morph_status("web").await);
+            w.pass(MS).await;
+        }
+        for name in ["web", "web~morph"] {
+            w.shows(name, InstanceState::Healthy).await;
+        }
+        assert_eq!(w.fake.workloads.count(1), 7);
+        let view = w.tree.morph(on(MorphGoal::Commit)).await.unwrap();
+        assert_eq!((view.committed, view.transfer.unwrap().sections), (Some(true), 2));
+        served(&w, 511).await;
+        assert_eq!(w.fake.workloads.count(511), 8, "{way:?}");
+        at_rest(&w, 511).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn memory_that_both_kernels_have_is_given_back_with_the_morph_and_done_without_when_there_is_none() {
     let w = counting().await;
     let there = async || w.fake.windows().await.unwrap().len();

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use super::morphs::{again, at_rest, to};
 use super::states::{Way, counting_in, served};
 use super::*;
+use crate::core::policy::Key;
 
 /// A kernel that takes over by itself, of which the daemon does not hear; until `seen` nothing more happens.
 async fn took_over_unheard() -> (World, Arc<tokio::sync::Notify>) {
@@ -138,4 +139,98 @@ async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
     at_rest(&w, 511).await;
     served(&w, 511).await;
     assert_eq!(w.fake.workloads.count(511), 6);
+}
+
+/// The next daemon after one that was killed when the new kernel had taken over.
+async fn killed_unheard() -> World {
+    let (w, _gate) = took_over_unheard().await;
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    w
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_workload_is_silent_is_stopped() {
+    let (w, _gate) = took_over_unheard().await;
+    w.fake.workloads.script("ACTIVATE", Next::Fail("no room"));
+    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+    assert!(error.message.contains("the old kernel goes on"), "{error}");
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert!(w.fake.workloads.log().iter().any(|l| l == "511 ROLLBACK"), "it was not asked");
+    assert_eq!((w.fake.workloads.count(1), w.fake.running(511)), (6, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_said_it_never_takes_over_is_not_the_instance_when_it_cannot_be_stopped() {
+    let w = counting_in(Way::Directly).await;
+    w.fake.workloads.script("511 TAKE", Next::Partial(0));
+    w.fake.script("fence", &[Next::Fail("stuck")]);
+    let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
+    assert!(error.message.contains("differs from what was sent"), "{error}");
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!(w.fake.workloads.count(1), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_is_gone_when_the_next_daemon_asks_has_not_taken_over() {
+    let w = killed_unheard().await;
+    let incarnation = w.fake.running(511).unwrap();
+    w.fake.workloads.end((InstanceId(511), incarnation));
+    w.fake.gone(511);
+    let w = again(w).await;
+    at_rest(&w, 1).await;
+    served(&w, 1).await;
+    assert_eq!(w.fake.workloads.count(1), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_serves_on_while_nobody_heals_the_old_one() {
+    let (w, _gate) = took_over_unheard().await;
+    w.tree.policy_set("web", Key::AutoHeal, Some("disabled")).await.unwrap();
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(&w, 511) => {}
+    }
+    w.tree.kill_for_test();
+    w.fake.panic_unseen(1);
+    let w = again(w).await;
+    w.pass(Duration::from_secs(300)).await;
+    assert_eq!((w.fake.workloads.serving(), w.fake.count("fence 511")), (vec![511], 0));
+    // An operator who has the old one started anew ends it.
+    w.tree.recover("web").await.unwrap();
+    at_rest(&w, 511).await;
+    served(&w, 511).await;
+    assert_eq!(w.fake.workloads.count(511), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_operators_set_before_it_is_written_down_stays_set() {
+    let (w, gate) = took_over_unheard().await;
+    let sets = async {
+        served(&w, 511).await;
+        w.store.broken.store(true, Ordering::SeqCst);
+        gate.notify_one();
+        w.pass(Duration::from_secs(2)).await;
+        w.store.broken.store(false, Ordering::SeqCst);
+        w.store.broken.store(true, Ordering::SeqCst);
+        let set = w.tree.policy_set("web", Key::FenceTries, Some("7"));
+        let mends = async {
+            w.pass(MS).await;
+            w.store.broken.store(false, Ordering::SeqCst);
+        };
+        tokio::join!(set, mends).0.map(drop)
+    };
+    let (ended, set) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), sets);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    set.unwrap();
+    at_rest(&w, 511).await;
+    assert_eq!(w.tree.policy_of("web").await.unwrap().fence_tries, 7);
+    let w = again(w).await;
+    at_rest(&w, 511).await;
+    assert_eq!(w.tree.policy_of("web").await.unwrap().fence_tries, 7);
 }

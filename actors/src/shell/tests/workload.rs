@@ -47,6 +47,8 @@ struct One {
     offered: Vec<Section>,
     /// What came from the other kernel: the round, and what it comes to there.
     arrived: Option<(u32, Vec<SectionDigest>)>,
+    /// It has taken over by itself.
+    took_over: bool,
     alive: bool,
 }
 
@@ -98,7 +100,14 @@ impl Workloads {
         self.killed.lock().unwrap().retain(|l| *l != life);
         if self.on.load(Ordering::SeqCst) {
             let service = Arc::new(Service::new("count", Count, 64 << 10));
-            let one = One { service, clients: vec![], offered: vec![], arrived: None, alive: true };
+            let one = One {
+                service,
+                clients: vec![],
+                offered: vec![],
+                arrived: None,
+                took_over: false,
+                alive: true,
+            };
             self.all.lock().unwrap().insert(life, one);
         }
     }
@@ -335,10 +344,11 @@ impl One {
                 vec![MorphCommit { reply: judged(done), ..m }.into()]
             }
             Message::MorphRollback(m) => {
-                let took_over = !m.serves && s.state() == State::Active;
+                let took_over = !m.serves && (self.took_over || s.state() == State::Active);
                 let done = match (m.serves, took_over) {
                     (true, _) => s.thaw(),
-                    (_, true) => Ok(()),
+                    (_, true) if s.state() == State::Active => Ok(()),
+                    (_, true) => Err("no room".into()),
                     _ => s.discard(),
                 };
                 if !m.serves && !took_over {
@@ -377,7 +387,7 @@ impl One {
     }
 
     /// Serve, when everything is there.
-    fn take_over(&self, m: MorphTransferState, partial: bool, refuses: bool) -> Message {
+    fn take_over(&mut self, m: MorphTransferState, partial: bool, refuses: bool) -> Message {
         let mut own = self.digests();
         if partial {
             own[1].digest = vec![0].into();
@@ -396,6 +406,7 @@ impl One {
             None if refuses => (true, Err("no room".into())),
             None => (true, self.service.activate()),
         };
+        self.took_over = took_over;
         MorphTransferState { took_over, reply: judged(done), ..m }.into()
     }
 
