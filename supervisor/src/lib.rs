@@ -246,6 +246,8 @@ fn journal(service: Arc<Service>) -> kmorph_actors::Service {
         let service = service.clone();
         async move {
             let mut troubles = service.store.troubles();
+            // The journal may have been in trouble before this began.
+            troubles.mark_changed();
             let mut ticks = tokio::time::interval(JOURNAL_RETRY);
             let mut before = None;
             loop {

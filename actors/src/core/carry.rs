@@ -90,8 +90,10 @@ impl Carried {
         (self.next, self.service_ended) = (from, false);
         self.arriving.clear();
         self.to_service.clear();
+        // This one knows of no more than that.
+        self.told = from.min(self.delivered);
         let again = self.sent.bytes().to_vec();
-        if !again.is_empty() || self.client_ended {
+        if !again.is_empty() || self.client_ended || self.delivered - self.told >= CONFIRM {
             self.frame(&again);
         }
         Ok(())
@@ -303,6 +305,27 @@ mod tests {
         c.to_client.clear();
         c.delivered(1);
         assert!(c.is_over());
+    }
+
+    #[test]
+    fn a_service_that_goes_on_hears_what_the_client_has_although_it_says_nothing() {
+        let mut c = Carried::new();
+        c.joined(0, 0).unwrap();
+        for bytes in [FRAME_LIMIT, 10] {
+            c.arriving.extend_from_slice(&Head { length: bytes, ..Head::default() }.encode());
+            c.arriving.extend_from_slice(&vec![2; bytes]);
+            c.from_service().unwrap();
+            c.to_client.clear();
+            c.delivered(bytes);
+        }
+        let all = FRAME_LIMIT as u64 + 10;
+        let told =
+            |c: &Carried| c.to_service.first_chunk().map(|head| Head::decode(*head).unwrap().confirmed);
+        c.joined(0, 0).unwrap();
+        assert_eq!(told(&c), Some(all));
+        // One that knows already is not told.
+        c.joined(0, all).unwrap();
+        assert_eq!(told(&c), None);
     }
 
     #[test]

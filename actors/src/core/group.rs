@@ -99,6 +99,8 @@ pub struct Group {
     condemned: Vec<String>,
     /// Members the group itself gave up, until they say so.
     dropped: Vec<String>,
+    /// Members that counted as stopped for good and are on their way back.
+    returning: Vec<String>,
 }
 
 impl Group {
@@ -112,6 +114,7 @@ impl Group {
             given_up: None,
             condemned: Vec::new(),
             dropped: Vec::new(),
+            returning: Vec::new(),
         }
     }
 
@@ -157,6 +160,11 @@ impl Group {
         }
         let busy = self.busy();
         let was = self.standing.insert(member.to_owned(), standing);
+        match (was, standing) {
+            (_, Standing::Up | Standing::Left | Standing::GivenUp) => self.returning.retain(|m| m != member),
+            (Some(Standing::Left | Standing::GivenUp), _) => self.returning.push(member.to_owned()),
+            _ => {}
+        }
         if self.supervisor.is_none() {
             if self.standing.len() == self.spec.members.len() {
                 self.take_over(&mut out);
@@ -285,7 +293,14 @@ impl Group {
         if let Some(at) = condemned {
             self.condemned.remove(at);
         }
-        if condemned.is_some() || self.supervisor.as_ref().is_some_and(Supervisor::is_down) {
+        let returns = self.returning.iter().position(|m| m == member).map(|at| self.returning.remove(at));
+        let down = self.supervisor.as_ref().is_some_and(Supervisor::is_down);
+        if condemned.is_none() && down && returns.is_some() {
+            // As when it is up again: an operator brings it back.
+            self.supervisor = None;
+            return self.take_over(out);
+        }
+        if condemned.is_some() || down {
             let why = self.given_up.clone().unwrap_or_default();
             self.give_up(member, why, out);
             return;
@@ -294,6 +309,12 @@ impl Group {
             Some(false) => self.feed(now, supervisor::Event::Exited(member.to_owned(), Exit::Normal), out),
             Some(true) if was == Some(Standing::Starting) => {
                 self.feed(now, supervisor::Event::StartFailed(member.to_owned()), out);
+            }
+            // It counted as stopped, so nobody took notice of its failure.
+            None if returns.is_some() && !self.supervisor.as_ref().is_some_and(|s| s.planned(member)) => {
+                self.culprit.get_or_insert_with(|| member.to_owned());
+                self.feed(now, supervisor::Event::Adopted(member.to_owned()), out);
+                self.feed(now, supervisor::Event::Exited(member.to_owned(), Exit::Abnormal), out);
             }
             // Ready for a start that is on its way, or that others have to be stopped for first.
             Some(true) | None => {}

@@ -48,6 +48,15 @@ impl Directory {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 
+    /// Which life the instance with this number is in.
+    pub(crate) fn incarnation(&self, id: InstanceId) -> Option<u64> {
+        let found = {
+            let map = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            map.values().find(|i| i.id() == id).cloned()
+        };
+        found.map(|i| i.record().incarnation)
+    }
+
     /// The link of the instance with this number.
     pub(crate) fn link(&self, id: InstanceId) -> Option<Link<InstanceMsg>> {
         let map = self.0.read().unwrap_or_else(PoisonError::into_inner);

@@ -111,16 +111,20 @@ impl Drop for TransportState {
 impl TransportState {
     /// The connection to this life, made if there is none; `None` for a life that is over.
     fn connection(&mut self, id: InstanceId, incarnation: u64) -> Option<mpsc::Sender<Command>> {
-        let all = self.args.connections.read();
-        match all.get(&id) {
-            Some(e) if e.incarnation > incarnation => return None,
-            Some(e) if e.incarnation == incarnation && !e.commands.is_closed() => {
-                return Some(e.commands.clone());
+        let there = {
+            let all = self.args.connections.read();
+            all.get(&id).map(|e| (e.incarnation, e.commands.clone()))
+        };
+        match there {
+            Some((now, commands)) if now == incarnation && !commands.is_closed() => return Some(commands),
+            // Numbers of sides and standbys are used again, by instances that count their lives anew.
+            Some((now, _))
+                if now > incarnation && self.args.directory.incarnation(id) != Some(incarnation) =>
+            {
+                return None;
             }
             _ => {}
         }
-        drop(all);
-        self.close(id, incarnation);
         let owner = self.args.directory.link(id)?;
         let (commands, receiver) = mpsc::channel(QUEUE);
         let args = ConnectionArgs {

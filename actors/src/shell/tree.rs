@@ -583,7 +583,9 @@ async fn remember(
         let name = record.spec.name.clone();
         if let Role::Side(of) | Role::Standby(of) = &record.role {
             if record.saved.phase == Phase::Stopped && !record.saved.held {
-                env.store.forget(&name).await?;
+                if let Err(error) = env.store.forget(&name).await {
+                    warn!(instance = %name, %error, "it is not there any more and stays in the journal");
+                }
                 continue;
             }
             let wanted = match &record.role {

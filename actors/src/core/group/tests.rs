@@ -387,3 +387,43 @@ proptest! {
         prop_assert!(!race.group.busy(), "{race:?}");
     }
 }
+
+#[test]
+fn a_member_that_counted_as_stopped_and_fails_on_its_way_back_is_started() {
+    for standing in [Standing::Left, Standing::GivenUp] {
+        // Its failure is acted on now, or an operator has it started again.
+        let mut game = Game::new(Strategy::OneForOne, 5);
+        game.say("b", standing);
+        assert_eq!(game.fail("b"), "+b settled", "{standing:?}");
+        assert_eq!(game.group.state(), State::Up);
+        // The start itself fails at first.
+        game.say("b", standing);
+        game.log.clear();
+        game.say("b", Standing::Starting);
+        game.say("b", Standing::Held);
+        assert_eq!(
+            (game.log.join(" ").as_str(), game.members["b"]),
+            ("+b settled", Standing::Up),
+            "{standing:?}"
+        );
+    }
+    // As with any failure.
+    let mut game = Game::new(Strategy::OneForAll, 5);
+    game.say("b", Standing::Left);
+    assert_eq!(game.fail("b"), "-c -a +a +b +c settled");
+}
+
+#[test]
+fn an_operator_brings_a_member_of_a_group_that_was_given_up_back_from_where_it_still_holds_something() {
+    let mut game = Game::new(Strategy::OneForOne, 0);
+    game.fail("b");
+    for member in ["a", "c"] {
+        game.say(member, Standing::GivenUp);
+    }
+    assert_eq!((game.group.state(), game.members["b"]), (State::Degraded, Standing::GivenUp));
+    game.log.clear();
+    game.say("b", Standing::Down);
+    game.say("b", Standing::Held);
+    assert_eq!(game.members["b"], Standing::Up, "{:?}", game.log);
+    assert!(game.log.contains(&"+b".to_owned()), "{:?}", game.log);
+}

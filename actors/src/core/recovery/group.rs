@@ -78,7 +78,7 @@ impl Recovery {
                     "its group was given up: giving its CPUs back to the primary kernel",
                     out,
                 );
-                out.push(Action::Reclaim { release_cpus: true });
+                self.ask_back(true, out);
             }
             // Taken back already, or on the way: given up when that is done.
             Phase::PreparingRecovery

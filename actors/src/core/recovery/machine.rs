@@ -25,6 +25,8 @@ pub struct Recovery {
     fence_tries: u32,
     /// Times of restarts within the policy's window.
     pub(super) restarts: VecDeque<Duration>,
+    /// What was asked for last gives the CPUs back, too.
+    releases: bool,
     /// What a start under way is to end in.
     pending: Option<(Cause, String)>,
     /// Why the first start failed, or why it was given up.
@@ -55,6 +57,7 @@ impl Recovery {
             held: false,
             fence_tries: 0,
             restarts: VecDeque::new(),
+            releases: false,
             pending: None,
             why: String::new(),
             maintenance: false,
@@ -251,7 +254,7 @@ impl Recovery {
                 self.goal = Goal::Stop;
                 out.push(Action::DisarmRestart);
                 self.enter(Phase::ReclaimingResources, "giving its CPUs back to the primary kernel", out);
-                out.push(Action::Reclaim { release_cpus: true });
+                self.ask_back(true, out);
             }
         }
     }
@@ -354,7 +357,10 @@ impl Recovery {
             return;
         }
         self.held = false;
-        if self.goal == Goal::Stop || self.first {
+        if self.goal == Goal::Stop && !self.first {
+            // Those of the life before are in the pool.
+            self.take_back(&format!("it could not be started: {text}"), out);
+        } else if self.goal == Goal::Stop || self.first {
             let outcome =
                 if self.goal == Goal::Stop { Outcome::Stopped } else { Outcome::BootFailed(text.clone()) };
             self.phase = Phase::Stopped;
@@ -438,7 +444,13 @@ impl Recovery {
 
     pub(super) fn take_back(&mut self, detail: &str, out: &mut Vec<Action>) {
         self.enter(Phase::ReclaimingResources, format!("{detail}; taking CPUs and memory back"), out);
-        out.push(Action::Reclaim { release_cpus: self.goal != Goal::Restart });
+        self.ask_back(self.goal != Goal::Restart, out);
+    }
+
+    /// Have its memory back, and its CPUs in the pool or with the primary kernel.
+    pub(super) fn ask_back(&mut self, release_cpus: bool, out: &mut Vec<Action>) {
+        self.releases = release_cpus;
+        out.push(Action::Reclaim { release_cpus });
     }
 
     fn reclaimed(&mut self, detail: String, out: &mut Vec<Action>) {
@@ -446,6 +458,10 @@ impl Recovery {
             return;
         }
         self.held = false;
+        if self.goal != Goal::Restart && !self.releases {
+            // It was to start again when that was asked for.
+            return self.take_back(&detail, out);
+        }
         match self.goal {
             Goal::Restart if self.waits_for_group() => self.hold(detail, out),
             Goal::Restart if self.can_take_over() => self.take_over(&detail, out),

@@ -157,7 +157,9 @@ impl Recovery {
     /// Nothing is there: finish what was meant.
     fn resume_gone(&mut self, phase: Phase, out: &mut Vec<Action>) {
         // Nobody saw how much of what it had was given back.
-        if phase == Phase::ReclaimingResources && self.goal != Goal::Restart {
+        if matches!(phase, Phase::ReclaimingResources | Phase::Booting) && self.goal == Goal::Stop
+            || phase == Phase::ReclaimingResources && self.goal != Goal::Restart
+        {
             return self.take_back("the supervisor was restarted", out);
         }
         let recovering = matches!(

@@ -492,7 +492,8 @@ impl Supervisor {
         }
     }
 
-    fn planned(&self, id: &str) -> bool {
+    /// Whether this child is to be stopped or started.
+    pub fn planned(&self, id: &str) -> bool {
         self.plan.iter().any(|s| matches!(s, Step::Start(p) | Step::Stop(p) if p == id))
     }
 

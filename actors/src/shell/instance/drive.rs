@@ -66,14 +66,20 @@ impl InstanceActorState {
             InstanceMsg::Recalled { epoch, found } if epoch == self.epoch => self.recalled(*found),
             // A wish has to wait until it is known what there is.
             wish if self.machine.is_none() => match wish {
-                InstanceMsg::Spawn { .. } | InstanceMsg::Terminate { .. } | InstanceMsg::Recover { .. } => {
-                    self.deferred.push(wish);
-                }
+                InstanceMsg::Spawn { .. }
+                | InstanceMsg::Terminate { .. }
+                | InstanceMsg::Recover { .. }
+                | InstanceMsg::Group(_) => self.deferred.push(wish),
                 _ => {}
             },
             InstanceMsg::Spawn { plan, wait, reply } => self.spawn(*plan, wait, reply),
             InstanceMsg::Terminate { force, reply } => self.terminate(force, reply),
             InstanceMsg::Group(order) => self.group(order),
+            InstanceMsg::Recover { reply } if matches!(self.asking, Some(Asking::Terminate)) => {
+                let text = format!("instance {}: it is being terminated", self.args.instance.name);
+                // Who asked may have given up waiting.
+                drop(reply.send(Err(OpError::new(ErrorKind::Conflict, text))));
+            }
             InstanceMsg::Recover { reply } => self.operator(Event::OperatorRecover, Wish::Recover, reply),
             InstanceMsg::Asked { epoch, result } => {
                 if epoch == self.epoch {

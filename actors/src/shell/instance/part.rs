@@ -120,6 +120,8 @@ impl InstanceActorState {
 
     pub(super) fn part(&mut self, reply: oneshot::Sender<Result<InstanceRecord, String>>) {
         let phase = self.machine.as_ref().map(|m| m.phase());
+        // Nobody waits for what was overtaken.
+        self.waiters.retain(|w| !w.reply.is_closed());
         if phase != Some(Phase::Monitoring) || self.asking.is_some() || !self.waiters.is_empty() {
             let state = self.view().state;
             // Who asked may have given up waiting.

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures::FutureExt;
 use kmorph_platform::Stream;
@@ -20,6 +21,9 @@ use crate::core::route::{Route, Target};
 
 /// Room for what a service sends, at least.
 const READ: usize = 16 << 10;
+
+/// What a client still sends when everything is over is read, and thrown away, for so long at most.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// A connection to a service that has welcomed the session.
 struct Joined {
@@ -107,8 +111,7 @@ where
     }
     let waited = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     counts.longest_wait_us.fetch_max(waited, Ordering::Relaxed);
-    let _open = Going::on(&counts.open);
-    let _can_move = CanMove::on(shared);
+    let going = (Going::on(&counts.open), CanMove::on(shared));
     let (mut client_reader, mut client_writer) = tokio::io::split(client);
     let resume = Greeting { id, resume: true };
     // The kernel that carries it, for as long as the connection there is whole.
@@ -119,8 +122,12 @@ where
     let mut input = vec![0; FRAME_LIMIT];
     loop {
         if carried.is_over() {
-            // What the client sends now nobody reads. One that is gone already needs no end.
+            // One that is gone already needs no end.
             let _ = client_writer.shutdown().await;
+            drop(going);
+            // Closed with something unread, TCP takes back what the client has not read yet.
+            let mut nowhere = tokio::io::sink();
+            let _ = timeout(LINGER, tokio::io::copy(&mut client_reader, &mut nowhere)).await;
             return Ended::Orderly;
         }
         let room = carried.room().min(input.len());

@@ -259,3 +259,45 @@ async fn a_member_that_dies_before_the_commit_takes_the_others_back() {
     assert!(error.message.contains("group shop"), "{error}");
     assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_fails_in_maintenance_is_healed_when_that_is_over() {
+    let w = shop_world(Strategy::OneForOne, 3).await;
+    w.tree.maintenance("web", true).await.unwrap();
+    w.fake.panic(1, "sysrq").await;
+    let limit = Instant::now() + PATIENCE;
+    while w.tree.status("web").await.unwrap().state == InstanceState::Healthy {
+        assert!(Instant::now() < limit, "it is not seen");
+        w.pass(MS).await;
+    }
+    w.tree.maintenance("web", false).await.unwrap();
+    w.shows("web", InstanceState::Healthy).await;
+    w.group_is("UP").await;
+    assert_eq!(w.incarnations().await, [1, 2, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_stands_aside_in_a_morph_is_stopped_with_its_group_when_it_is_back() {
+    let w = world_with(shop(Strategy::OneForAll, 3)).await;
+    w.fake.workloads.switch_on();
+    for name in ["db", "web", "i3"] {
+        w.up(name).await;
+    }
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("1 FREEZE", Next::Block(gate.clone()));
+    let fails = async {
+        let limit = Instant::now() + PATIENCE;
+        while !w.fake.workloads.log().iter().any(|l| l == "1 FREEZE") {
+            assert!(Instant::now() < limit, "nothing is frozen");
+            w.pass(MS).await;
+        }
+        w.fake.panic(2, "sysrq").await;
+        w.fake.called("reclaim 2 1 false").await;
+        gate.notify_one();
+    };
+    let (_, ()) = tokio::join!(w.tree.morph(super::morphs::to(MorphGoal::Commit)), fails);
+    w.group_is("UP").await;
+    for name in ["db", "web", "i3"] {
+        w.shows(name, InstanceState::Healthy).await;
+    }
+}

@@ -227,3 +227,19 @@ async fn terminate_while_it_is_being_recovered() {
         assert_eq!((last.phase.as_str(), last.recovered), ("STOPPED", Some(false)), "{blocked}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_recovers_what_is_being_terminated_is_told_and_the_terminate_is_carried_out() {
+    let w = world().await;
+    w.up("web").await;
+    w.fake.agent(1, Agent::Silent);
+    let recovers = async {
+        w.pass(10 * MS).await;
+        w.tree.recover("web").await
+    };
+    let (ended, refused) = tokio::join!(w.tree.terminate("web", false), recovers);
+    assert_eq!(ended.unwrap().state, InstanceState::Stopped);
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::Conflict);
+    assert!(refused.message.contains("is being terminated"), "{refused}");
+}
