@@ -48,6 +48,8 @@ struct kmorph_ctl_primary {
 	__u32 reserved;
 };
 
+#define KMORPH_CTL_GRANTS_FIRST	2	/* generation at START: what the kernel boots with */
+
 struct kmorph_ctl_extent {
 	__u64 base;
 	__u64 size;

@@ -82,7 +82,7 @@ static void set_owner(int cpu, int by)
 
 int kmorph_cpu_take(struct kmorph_cpu *req)
 {
-	int cpu, ret = 0;
+	int cpu, ret;
 
 	mutex_lock(&cpu_mutex);
 	cpu = find_cpu(req->apicid);
@@ -100,9 +100,9 @@ int kmorph_cpu_take(struct kmorph_cpu *req)
 	}
 	/* Mark first: once remove_cpu() has returned nothing can online it. */
 	set_owner(cpu, 0);
-	if (cpu_online(cpu))
-		ret = remove_cpu(cpu);
-	if (ret > 0)	/* somebody else took it offline meanwhile */
+	/* Also when it is offline: it may be coming online, past the mark, and this waits. */
+	ret = remove_cpu(cpu);
+	if (ret > 0)	/* it was offline */
 		ret = 0;
 	if (!ret && cpu_online(cpu))
 		ret = -EBUSY;

@@ -382,6 +382,8 @@ int kmorph_door_init(void)
 	return 0;
 
 dispose:
+	/* Setting the affinity has queued it. */
+	cancel_work_sync(&wake_work);
 	irq_dispose_mapping(door.virq);
 remove_domain:
 	irq_domain_remove(domain);

@@ -6,17 +6,22 @@
  * primary is told how that went.
  *
  * The CPUs this kernel was booted with are none of this module's business: one
- * that its operator keeps offline stays so.
+ * that its operator keeps offline stays so. But a CPU the table does not show
+ * cannot be onlined: the INIT would hit the kernel that runs there.
  */
 #include "kmorph.h"
 
 #include <linux/cpu.h>
+#include <linux/cpuhotplug.h>
+#include <linux/delay.h>
+#include <linux/ioport.h>
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/workqueue.h>
 #include <asm/smp.h>
 
-#define NODE	0	/* the tables of an instance describe no others */
+#define NODE		0	/* the tables of an instance describe no others */
+#define GUARD_TRIES	100	/* to find the table whole */
 
 /* Ours alone: onlining waits for other CPUs' work. */
 static struct workqueue_struct *queue;
@@ -24,6 +29,7 @@ static u32 generation_seen;
 /* Taken up so far; of the work alone. */
 static struct kmorph_ctl_grants known;
 static u64 memory_added;
+static enum cpuhp_state guard_state;
 
 /* Hard interrupt: is there a table we have not acted upon? */
 bool kmorph_guest_grants_changed(void)
@@ -66,20 +72,53 @@ static bool knows_extent(u64 base)
 	return false;
 }
 
-static int online_cpu(u32 apicid)
+/* Is it this kernel's? The table itself is asked: what has been withdrawn counts at once. */
+static bool is_granted(u32 apicid)
 {
-	unsigned int cpu;
-	int ret;
+	struct kmorph_ctl_grants *table = kmorph_guest_grants();
+	unsigned int tries;
 
-	for_each_present_cpu(cpu) {
-		if (per_cpu(x86_cpu_to_apicid, cpu) != apicid)
-			continue;
-		ret = cpu_online(cpu) ? 0 : add_cpu(cpu);
-		/* Somebody else onlines it. */
-		return ret > 0 || cpu_online(cpu) ? 0 : ret;
+	for (tries = 0; tries < GUARD_TRIES; tries++) {
+		u32 before = smp_load_acquire(&table->generation);
+		u32 count = min_t(u32, READ_ONCE(table->cpu_count), KMORPH_CTL_CPUS);
+		bool found = false;
+		u32 i;
+
+		for (i = 0; i < count; i++)
+			found |= READ_ONCE(table->apicid[i]) == apicid;
+		smp_rmb();	/* the entries before the second look at the generation */
+		if (!(before & 1) && READ_ONCE(table->generation) == before)
+			return found;
+		usleep_range(50, 100);
 	}
+	return false;
+}
+
+static int guard_prepare(unsigned int cpu)
+{
+	return is_granted(per_cpu(x86_cpu_to_apicid, cpu)) ? 0 : -EBUSY;
+}
+
+static int find_cpu(u32 apicid)
+{
+	int cpu;
+
+	for_each_present_cpu(cpu)
+		if (per_cpu(x86_cpu_to_apicid, cpu) == apicid)
+			return cpu;
 	/* The tables this kernel was booted with do not name it. */
 	return -ENODEV;
+}
+
+static int online_cpu(u32 apicid)
+{
+	int cpu = find_cpu(apicid), ret;
+
+	if (cpu < 0)
+		return cpu;
+	ret = cpu_online(cpu) ? 0 : add_cpu(cpu);
+	/* Somebody else onlines it. */
+	return ret > 0 || cpu_online(cpu) ? 0 : ret;
 }
 
 static int acceptable(const struct kmorph_ctl_extent *extent)
@@ -175,20 +214,61 @@ void kmorph_guest_grants_kick(void)
 	queue_work(queue, &work);
 }
 
-/* What this kernel was booted with is there already. */
+/* Granted since START, before this module was there: only what is in use is known. */
+static void forget_unused(void)
+{
+	u32 i, n = 0;
+	int cpu;
+
+	for (i = 0; i < known.cpu_count; i++) {
+		cpu = find_cpu(known.apicid[i]);
+		if (cpu >= 0 && cpu_online(cpu))
+			known.apicid[n++] = known.apicid[i];
+	}
+	known.cpu_count = n;
+	for (i = 0, n = 0; i < known.extent_count; i++)
+		if (region_intersects(known.extent[i].base, known.extent[i].size,
+				      IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) == REGION_INTERSECTS)
+			known.extent[n++] = known.extent[i];
+	known.extent_count = n;
+}
+
+/* What this kernel was booted with is there already, as is what an earlier load took up. */
+static void know_first(void)
+{
+	if (!copy_table(&known)) {
+		memset(&known, 0, sizeof(known));
+		return;
+	}
+	if (known.generation == KMORPH_CTL_GRANTS_FIRST ||
+	    known.generation == READ_ONCE(kmorph_guest_self()->grants_seen))
+		WRITE_ONCE(generation_seen, known.generation);
+	else
+		forget_unused();
+}
+
 int kmorph_guest_grants_init(void)
 {
+	int ret;
+
 	queue = alloc_ordered_workqueue("kmorph_grants", 0);
 	if (!queue)
 		return -ENOMEM;
 	WRITE_ONCE(kmorph_guest_self()->memory_block, memory_block_size_bytes());
-	if (copy_table(&known))
-		WRITE_ONCE(generation_seen, known.generation);
+	know_first();
 	smp_store_release(&kmorph_guest_self()->grants_seen, generation_seen);
+	ret = cpuhp_setup_state_nocalls(CPUHP_BP_PREPARE_DYN, "kmorph:granted", guard_prepare,
+					NULL);
+	if (ret < 0) {
+		destroy_workqueue(queue);
+		return ret;
+	}
+	guard_state = ret;
 	return 0;
 }
 
 void kmorph_guest_grants_exit(void)
 {
 	destroy_workqueue(queue);
+	cpuhp_remove_state_nocalls(guard_state);
 }

@@ -34,6 +34,19 @@
 #define COPY_PIECE	SZ_64K	/* a revocation waits for one at the most */
 #define COPY_TRIES	16	/* to have the user's page stay until it is copied */
 
+/*
+ * Nothing may look for the page structures of an entry: there are none. Where
+ * there are no special entries, those of a device without a page map serve.
+ */
+#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
+#define ENTRY_FLAGS	0
+#else
+#define ENTRY_FLAGS	(PFN_DEV | PFN_MAP)
+#endif
+
+/* A fork takes no entries along: it could copy one that is being revoked. */
+#define MAPPING_FLAGS	(VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP | VM_WIPEONFORK)
+
 struct region {
 	struct list_head list;
 	struct kref ref;	/* the list's, and one an open file */
@@ -174,8 +187,12 @@ static void revoke_stale(void)
 	struct region *region, *next;
 
 	list_for_each_entry_safe(region, next, &regions, list) {
-		if (region->stale && space)
+		if (region->stale && space) {
+			/* An unmapping takes a device entry that comes meanwhile for a bad one. */
+			down_write(&rights);
 			unmap_mapping_range(space, region->base, region->size, 1);
+			up_write(&rights);
+		}
 		region->stale = false;
 		if (region->shared)
 			continue;
@@ -227,13 +244,14 @@ static vm_fault_t mapping_fault(struct vm_fault *vmf)
 	bool write = vmf->flags & FAULT_FLAG_WRITE;
 	vm_fault_t ret = VM_FAULT_SIGBUS;
 	phys_addr_t at = PFN_PHYS((phys_addr_t)vma->vm_pgoff) + offset;
+	pmd_t entry = READ_ONCE(*vmf->pmd);
 
 	/* All of the mapping is in whole entries; a page table here is a mistake. */
-	if (!pmd_none(*vmf->pmd) && !pmd_trans_huge(*vmf->pmd))
+	if (!pmd_none(entry) && !pmd_trans_huge(entry) && !pmd_devmap(entry))
 		return VM_FAULT_SIGBUS;
 	down_read(&rights);
 	if (region->shared && (region->writable || !write))
-		ret = vmf_insert_pfn_pmd(vmf, phys_to_pfn_t(at, 0), write);
+		ret = vmf_insert_pfn_pmd(vmf, phys_to_pfn_t(at, ENTRY_FLAGS), write);
 	up_read(&rights);
 	return ret;
 }
@@ -299,9 +317,9 @@ static int handover_mmap(struct file *file, struct vm_area_struct *vma)
 	/* All regions are in one address space: the physical address is the offset there. */
 	vma->vm_pgoff += PHYS_PFN(region->base);
 #ifdef HAVE_VM_FLAGS_SET
-	vm_flags_set(vma, VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP);
+	vm_flags_set(vma, MAPPING_FLAGS);
 #else
-	vma->vm_flags |= VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP;
+	vma->vm_flags |= MAPPING_FLAGS;
 #endif
 	vma->vm_private_data = region;
 	vma->vm_ops = &mapping_ops;

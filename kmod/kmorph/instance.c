@@ -149,6 +149,13 @@ static void describe(struct kmorph_inst *inst, struct kmorph_instance *out)
 	memcpy(out->extent, inst->extent, inst->extent_count * sizeof(inst->extent[0]));
 }
 
+static void set_gone(struct kmorph_inst *inst, bool gone)
+{
+	mutex_lock(&kmorph_lock);
+	inst->gone = gone;
+	mutex_unlock(&kmorph_lock);
+}
+
 static int check_request(const struct kmorph_instance *req)
 {
 	u32 i, j;
@@ -306,11 +313,14 @@ int kmorph_instance_destroy(struct kmorph_ref *req)
 		ret = -EBUSY;
 		goto unlock;
 	}
+	/* First: no link may come after those that are ended. */
+	set_gone(inst, true);
 	ret = kmorph_links_forget(inst);
-	if (ret)
+	if (ret) {
+		set_gone(inst, false);
 		goto unlock;
+	}
 	mutex_lock(&kmorph_lock);
-	inst->gone = true;
 	instances[inst->slot->index] = NULL;
 	unclaim(inst);
 	mutex_unlock(&kmorph_lock);
@@ -327,19 +337,20 @@ unlock:
 int kmorph_instance_nmi(struct kmorph_ref *req)
 {
 	struct kmorph_inst *inst;
-	int ret = 0;
+	int ret;
 
-	mutex_lock(&kmorph_lock);
-	inst = find(req->id);
+	/* Not while a CPU may be in the trampoline, where an NMI ends the machine. */
+	inst = kmorph_inst_lock(req->id, &ret);
 	if (!inst)
-		ret = -ENOENT;
-	else if (req->cpu >= inst->cpu_count)
+		return ret;
+	ret = 0;
+	if (req->cpu >= inst->cpu_count)
 		ret = -EINVAL;
 	else if (inst->state != KMORPH_INST_RUNNING)
 		ret = -ENXIO;
 	else
 		kmorph_nmi(inst->apicid[req->cpu]);
-	mutex_unlock(&kmorph_lock);
+	kmorph_inst_unlock(inst);
 	return ret;
 }
 

@@ -324,7 +324,8 @@ static int add_locked(struct kmorph_link_req *req, struct kmorph_inst *a, struct
 	link->base = req->base;
 	link->size = req->size;
 	mutex_lock(&kmorph_lock);
-	ret = check_place(link, a ? NULL : b);
+	/* A member may be on its way out, with its links ended already. */
+	ret = b->gone || (a && a->gone) ? -ENOENT : check_place(link, a ? NULL : b);
 	if (!ret)
 		list_add_tail(&link->list, &links);
 	mutex_unlock(&kmorph_lock);

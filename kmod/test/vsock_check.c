@@ -158,6 +158,21 @@ static void nonblocking(void)
 	close(full);
 }
 
+/* A shutdown before the answer to connect() arrives, too, and what is sent back after it. */
+static void early_shutdown(void)
+{
+	for (int i = 0; i < 200 && !failures; i++) {
+		int fd = dial(port, 0, SOCK_NONBLOCK);
+		uint64_t count = 1;
+
+		CHECK(!shutdown(fd, SHUT_WR), "round %d: %m", i);
+		CHECK(poll_for(fd, POLLIN, 3000) & POLLIN, "round %d: the server reads on", i);
+		CHECK(read(fd, &count, sizeof(count)) == sizeof(count) && !count,
+		      "round %d: %llu, %m", i, (unsigned long long)count);
+		close(fd);
+	}
+}
+
 static void half_close(void)
 {
 	int fd = order(COUNT, 0, 0), err;
@@ -421,6 +436,7 @@ static const struct {
 } cases[] = {
 	{ "refused", refused },
 	{ "nonblocking", nonblocking },
+	{ "early-shutdown", early_shutdown },
 	{ "half-close", half_close },
 	{ "closing", closing },
 	{ "backlog", backlog },

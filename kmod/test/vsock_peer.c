@@ -110,8 +110,9 @@ static void *obey(void *arg)
 	uint64_t count;
 	char byte;
 
+	/* Who shuts down before ordering anything is told how little came. */
 	if (read_all(fd, &order, sizeof(order)))
-		order.kind = 0;
+		order.kind = COUNT;
 	switch (order.kind) {
 	case ECHO:
 		echo(fd);

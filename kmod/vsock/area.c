@@ -291,13 +291,15 @@ static bool cut_off(struct kv_area *area, u32 ch)
 /* Is nobody in the area any more? */
 static bool drained(struct kv_area *area)
 {
-	bool all = true;
+	/* First: a work that is still running may tie a socket behind the loop. */
+	bool all = !atomic_read(&area->running);
 	u32 ch;
 
+	smp_rmb();	/* the count before the look at the ties */
 	for (ch = 0; ch < area->channels; ch++)
 		if (!cut_off(area, ch))
 			all = false;
-	return all && !atomic_read(&area->running);
+	return all;
 }
 
 static struct kv_area *find_retired(const struct kmorph_link *link)

@@ -49,63 +49,6 @@ static struct sock *new_child(struct sock *listener, struct kv_area *area, u32 c
 	return child;
 }
 
-static bool accept_request(struct kv_area *area, u32 ch, u32 gen)
-{
-	const struct kv_request *asked = &area->shared->control[!area->me].request[ch];
-	struct kv_request request = {
-		.src_port = READ_ONCE(asked->src_port),
-		.dst_port = READ_ONCE(asked->dst_port),
-	};
-	struct sock *listener, *child = NULL;
-	struct sockaddr_vm address;
-
-	vsock_addr_init(&address, kv_cid(kmorph_self_id()), request.dst_port);
-	listener = vsock_find_bound_socket(&address);
-	if (!listener)
-		return false;
-	lock_sock(listener);
-	if (listener->sk_state == TCP_LISTEN && listener->sk_type == SOCK_STREAM &&
-	    !sk_acceptq_is_full(listener) && listener->sk_shutdown != SHUTDOWN_MASK)
-		child = new_child(listener, area, ch, &request);
-	if (child) {
-		sk_acceptq_added(listener);
-		vsock_insert_connected(vsock_sk(child));
-		vsock_enqueue_accept(listener, child);
-		answer(area, ch, gen << KV_GEN_SHIFT | KV_OPEN | KV_EST);
-		release_sock(child);
-	}
-	release_sock(listener);
-	if (child)
-		listener->sk_data_ready(listener);
-	sock_put(listener);
-	return child;
-}
-
-/* A new generation on a channel the other side opens. */
-static void handle_request(struct kv_area *area, u32 ch, u32 word)
-{
-	struct kv_channel *channel = &area->channel[ch];
-	u32 gen = kv_gen(word);
-	unsigned long flags;
-	bool free;
-
-	spin_lock_irqsave(&area->lock, flags);
-	free = !channel->vsk && (!channel->word || (channel->word & KV_REL));
-	if (free)
-		channel->word = gen << KV_GEN_SHIFT;	/* said aloud by the answer */
-	spin_unlock_irqrestore(&area->lock, flags);
-	if (!free) {
-		kv_count(KV_ST_BAD);
-		return;
-	}
-	if (!(word & KV_REL) && (word & KV_OPEN) && accept_request(area, ch, gen)) {
-		kv_count(KV_ST_ACCEPTS);
-		return;
-	}
-	kv_count(KV_ST_REFUSED);
-	answer(area, ch, gen << KV_GEN_SHIFT | KV_RST | KV_REL);
-}
-
 static void reset_socket(struct sock *sk, struct kv_sock *kv)
 {
 	WRITE_ONCE(kv->dead, true);
@@ -137,6 +80,65 @@ static void apply(struct sock *sk, struct vsock_sock *vsk, u32 word)
 		WRITE_ONCE(vsk->peer_shutdown, vsk->peer_shutdown | shut);
 		sk->sk_state_change(sk);
 	}
+}
+
+static bool accept_request(struct kv_area *area, u32 ch, u32 word)
+{
+	const struct kv_request *asked = &area->shared->control[!area->me].request[ch];
+	struct kv_request request = {
+		.src_port = READ_ONCE(asked->src_port),
+		.dst_port = READ_ONCE(asked->dst_port),
+	};
+	struct sock *listener, *child = NULL;
+	struct sockaddr_vm address;
+
+	vsock_addr_init(&address, kv_cid(kmorph_self_id()), request.dst_port);
+	listener = vsock_find_bound_socket(&address);
+	if (!listener)
+		return false;
+	lock_sock(listener);
+	if (listener->sk_state == TCP_LISTEN && listener->sk_type == SOCK_STREAM &&
+	    !sk_acceptq_is_full(listener) && listener->sk_shutdown != SHUTDOWN_MASK)
+		child = new_child(listener, area, ch, &request);
+	if (child) {
+		sk_acceptq_added(listener);
+		vsock_insert_connected(vsock_sk(child));
+		vsock_enqueue_accept(listener, child);
+		answer(area, ch, kv_gen(word) << KV_GEN_SHIFT | KV_OPEN | KV_EST);
+		/* Whoever asked may have shut down already, and will not say so again. */
+		apply(child, vsock_sk(child), word);
+		release_sock(child);
+	}
+	release_sock(listener);
+	if (child)
+		listener->sk_data_ready(listener);
+	sock_put(listener);
+	return child;
+}
+
+/* A new generation on a channel the other side opens. */
+static void handle_request(struct kv_area *area, u32 ch, u32 word)
+{
+	struct kv_channel *channel = &area->channel[ch];
+	u32 gen = kv_gen(word);
+	unsigned long flags;
+	bool free;
+
+	spin_lock_irqsave(&area->lock, flags);
+	free = !channel->vsk && (!channel->word || (channel->word & KV_REL));
+	if (free)
+		channel->word = gen << KV_GEN_SHIFT;	/* said aloud by the answer */
+	spin_unlock_irqrestore(&area->lock, flags);
+	if (!free) {
+		kv_count(KV_ST_BAD);
+		return;
+	}
+	if (!(word & KV_REL) && (word & KV_OPEN) && accept_request(area, ch, word)) {
+		kv_count(KV_ST_ACCEPTS);
+		return;
+	}
+	kv_count(KV_ST_REFUSED);
+	answer(area, ch, gen << KV_GEN_SHIFT | KV_RST | KV_REL);
 }
 
 static void handle_word(struct kv_area *area, u32 ch, u32 word)

@@ -230,7 +230,9 @@ static ssize_t kv_unsent(struct vsock_sock *vsk)
 {
 	struct kv_sock *kv = kv_sock(vsk);
 
-	return kv->area ? min(kv->head - READ_ONCE(kv->txc->tail), kv->size) : 0;
+	if (READ_ONCE(kv->dead) || !kv->area)
+		return 0;
+	return min(kv->head - READ_ONCE(kv->txc->tail), kv->size);
 }
 #endif
 

@@ -54,6 +54,7 @@ pub fn answer(words: &[String]) -> String {
         ["fill", key, seed] => fill(key, seed),
         ["check", key, seed] => check(key, seed),
         ["read", key] => read(key),
+        ["futex", key] => futex(key),
         ["write", key] => write(key),
         ["poke", key] => child(key, "once").and_then(|mut c| c.wait().context("wait")).map(ended),
         ["died", key] => died(key),
@@ -125,6 +126,12 @@ fn check(key: &str, seed: &str) -> Result<String> {
 /// Have the kernel read the first word, which fails where a direct read would end this process.
 fn read(key: &str) -> Result<String> {
     opened(number(key)?)?.memory.probe().map(|()| "read".into()).context("read")
+}
+
+/// How a futex there answers that processes could share.
+fn futex(key: &str) -> Result<String> {
+    let tried = opened(number(key)?)?.memory.shared_futex();
+    Ok(tried.map_or_else(|e| format!("{e:?}"), |()| "waited".into()))
 }
 
 fn child(key: &str, how: &str) -> Result<Child> {

@@ -178,6 +178,18 @@ impl Memory {
         Errno::result(unsafe { libc::write(out.as_raw_fd(), from.cast(), 8) }).map(drop)
     }
 
+    /// Wait on the first word as processes that share it do, for no time, when it has another value.
+    pub fn shared_futex(&self) -> Result<(), Errno> {
+        let mut word = [0; 4];
+        self.read(0, &mut word)?;
+        let at = self.at(0, word.len())?;
+        let other = !u32::from_ne_bytes(word);
+        let no_time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the word lies inside the mapping; the kernel checks the access itself.
+        let done = unsafe { libc::syscall(libc::SYS_futex, at, libc::FUTEX_WAIT, other, &no_time) };
+        Errno::result(done).map(drop)
+    }
+
     /// Have the kernel write bytes there: EFAULT when this kernel is not the writer.
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Errno> {
         let to = self.at(offset, bytes.len())?;

@@ -149,6 +149,17 @@ async fn one(stream: VsockStream) -> Result<()> {
             let text = String::from_utf8_lossy(&out.stdout).lines().collect::<Vec<_>>().join("; ");
             answer(&mut stream, &format!("{} {text}", out.status.code().unwrap_or(-1))).await
         }
+        // Try to bring a CPU online; the error's name.
+        ["online", cpu] => {
+            let cpu: u32 = cpu.parse().context("cpu")?;
+            let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+            let tried = tokio::task::spawn_blocking(move || std::fs::write(path, "1")).await;
+            let text = match tried.context("online")? {
+                Ok(()) => "online".into(),
+                Err(e) => format!("{:?}", nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(0))),
+            };
+            answer(&mut stream, &text).await
+        }
         ["find", name] => answer(&mut stream, &find(name)?.to_string()).await,
         // How many numbers a file has, from 1 on, one a line.
         ["numbers", path] => {

@@ -147,6 +147,10 @@ fn story(g: &Guest, p: &Partition, [old, new]: [&str; 2], incarnation: u64) -> R
 
     says(g, OLD, &format!("fill {KEY} 5"), "filled")?;
     says(g, NEW, &format!("check {KEY} 5"), "0")?;
+    for id in [OLD, NEW] {
+        // The entry is there: what looks for its page structures without care ends the kernel.
+        says(g, id, &format!("futex {KEY}"), "EFAULT")?;
+    }
     says(g, NEW, &format!("fill {KEY} 6"), "error: write: EFAULT: Bad address")?;
     says(g, NEW, &format!("poke {KEY}"), "signal 7")?;
     says(g, OLD, &format!("write {KEY}"), "writing")?;

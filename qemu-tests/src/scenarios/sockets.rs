@@ -13,7 +13,7 @@ use crate::{Context, Result};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "vsock-sockets",
-    about: "close, half-close, abort, epoll, non-blocking connect, many sockets, module unload: from either kernel",
+    about: "close, half-close, shutdown before the accept, abort, epoll, non-blocking connect, many sockets, module unload: from either kernel",
     in_run: true,
     machine: MachineSpec::default,
     guest,
