@@ -3,6 +3,8 @@
 use std::mem::offset_of;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use super::abi::{self, ctl, request};
 use super::sys::Mapping;
 use super::{Inner, Live, cpu_info, handover, klog};
@@ -35,8 +37,10 @@ fn instances(inner: &Inner) -> Result<Vec<abi::Instance>, PlatformError> {
         .iter()
         .take(list.count as usize)
         .filter_map(|id| u16::try_from(*id).ok())
-        .map(|id| {
-            inner.device.query(InstanceId(id)).map_err(|e| PlatformError::os(format!("KMORPH_QUERY {id}"), e))
+        .filter_map(|id| match inner.device.query(InstanceId(id)) {
+            // It was given back meanwhile.
+            Err(Errno::ENOENT) => None,
+            asked => Some(asked.map_err(|e| PlatformError::os(format!("KMORPH_QUERY {id}"), e))),
         })
         .collect()
 }

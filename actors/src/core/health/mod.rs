@@ -382,7 +382,7 @@ impl Health {
             (State::Starting, ..) => {}
 
             // A suspect that never served and has a pulse again is still coming up.
-            (State::Suspect { .. }, Fine, Unknown) if !self.served => {
+            (State::Suspect { .. }, Fine, Unknown | Silent) if !self.served => {
                 let left = self.grace_until.saturating_sub(self.now);
                 out.extend([Action::Disarm(Timer::Probe), Action::Arm(Timer::Grace, left)]);
                 self.state = State::Starting;

@@ -392,3 +392,11 @@ fn a_changed_policy_counts_from_now() {
     let wait = armed(&h.step(LATER, Event::PolicyChanged(Box::new(policy))), Timer::Probe).unwrap();
     assert!(wait <= 8 * MS && wait >= 6 * MS, "{wait:?}");
 }
+
+#[test]
+fn a_kernel_whose_agent_never_came_and_whose_pulse_paused_is_still_judged_when_its_grace_is_over() {
+    let mut h = machine(&[event(0), event(3), event(4), event(7), event(3)]);
+    assert_eq!(letter(h.state()), 'S');
+    h.step(Policy::default().boot_grace, Event::GraceExpired);
+    assert!(matches!(h.state(), State::Dead(Cause::NeverServed(_))), "{:?}", h.state());
+}
