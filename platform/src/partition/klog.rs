@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use memchr::memmem;
+use tokio::time::Instant;
 
 use crate::{ConsoleLog, ConsoleRecord};
 
@@ -16,6 +17,31 @@ pub trait PhysMemory {
     fn range(&self) -> crate::MemoryRange;
     /// Copy bytes out; `None` when any byte is outside.
     fn read(&self, phys: u64, buf: &mut [u8]) -> Option<()>;
+}
+
+/// Memory that nobody reads for longer than that: how much there is to look through is the dead kernel's to say.
+pub struct InTime<'a> {
+    /// The memory.
+    pub memory: &'a dyn PhysMemory,
+    /// From then on it has nothing.
+    pub until: Instant,
+}
+
+impl InTime<'_> {
+    /// Whether the time is over.
+    pub fn is_over(&self) -> bool {
+        Instant::now() >= self.until
+    }
+}
+
+impl PhysMemory for InTime<'_> {
+    fn range(&self) -> crate::MemoryRange {
+        self.memory.range()
+    }
+
+    fn read(&self, phys: u64, buf: &mut [u8]) -> Option<()> {
+        if self.is_over() { None } else { self.memory.read(phys, buf) }
+    }
 }
 
 const PAGE: u64 = 4096;
@@ -52,7 +78,8 @@ impl VmcoreInfo {
         let mut start = [0u8; 10];
         let mut at = range.base.next_multiple_of(PAGE);
         while at + PAGE <= range.end() {
-            if memory.read(at, &mut start).is_some() && &start == b"OSRELEASE=" {
+            memory.read(at, &mut start)?;
+            if &start == b"OSRELEASE=" {
                 memory.read(at, &mut page)?;
                 // The template in the kernel image starts the same way but has no address of prb.
                 if let Some(info) = VmcoreInfo::parse(&page)

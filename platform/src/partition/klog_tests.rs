@@ -183,3 +183,14 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_log_is_read_for_so_long_and_no_longer() {
+    let memory = image(&["one", "two"]);
+    let whole = InTime { memory: &memory, until: Instant::now() + std::time::Duration::from_secs(60) };
+    let info = VmcoreInfo::find(&whole).expect("it is there");
+    assert_eq!((read(&whole, &info, 0).records.len(), whole.is_over()), (2, false));
+    let over = InTime { memory: &memory, until: Instant::now() };
+    assert!(over.is_over() && VmcoreInfo::find(&over).is_none() && raw(&over).is_empty());
+    assert!(read(&over, &info, 0).records.is_empty());
+}

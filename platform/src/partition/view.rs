@@ -2,8 +2,10 @@
 
 use std::mem::offset_of;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use tokio::time::Instant;
 
 use super::abi::{self, ctl, request};
 use super::sys::Mapping;
@@ -15,6 +17,9 @@ use crate::{
 
 /// Window size when a whole region is read.
 const WINDOW: u64 = 64 << 20;
+
+/// Longest time for reading a kernel's log: taking back what it had waits for that.
+const LOG_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) fn cpus(inner: &Inner) -> Result<Vec<CpuInfo>, PlatformError> {
     let mut info: abi::Info = request();
@@ -206,7 +211,9 @@ pub(super) fn console(inner: &Inner, id: InstanceId, from_seq: u64) -> Result<Co
         };
         (live.incarnation, live.region, live.log.clone())
     };
-    let region = Region { inner, range, window: Default::default() };
+    let whole = Region { inner, range, window: Default::default() };
+    let region = klog::InTime { memory: &whole, until: Instant::now() + LOG_LIMIT };
+    let late = || format!("reading its log was broken off after {LOG_LIMIT:?}");
     let info = match known {
         Some(info) => info,
         None => match klog::VmcoreInfo::find(&region) {
@@ -222,12 +229,17 @@ pub(super) fn console(inner: &Inner, id: InstanceId, from_seq: u64) -> Result<Co
                 return Ok(ConsoleLog {
                     next_seq: records.last().map_or(from_seq, |r| r.seq + 1),
                     records,
-                    note: Some(
-                        "the kernel has not come as far as describing its log; what is shown is text found in its memory".into(),
-                    ),
+                    note: Some(match region.is_over() {
+                        true => late(),
+                        false => "the kernel has not come as far as describing its log; what is shown is text found in its memory".into(),
+                    }),
                 });
             }
         },
     };
-    Ok(klog::read(&region, &info, from_seq))
+    let mut log = klog::read(&region, &info, from_seq);
+    if region.is_over() {
+        log.note = Some(late());
+    }
+    Ok(log)
 }
