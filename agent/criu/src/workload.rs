@@ -311,7 +311,9 @@ impl Workload for Program {
                 process::signal(pid, Signal::SIGCONT)?;
             }
             inner.state = State::Active;
-            // The memory they need is the program's.
+        }
+        if inner.state != State::Retired {
+            // The memory they need is the program's, also when it was not to stand still yet.
             inner.rounds = 0;
             empty(&self.out)?;
         }
@@ -458,6 +460,29 @@ echo "$@" >"$images/asked-$what"
         );
         let gap = new.import(SECTION, 5, &Piece::from(&b"x"[..])).unwrap_err();
         assert_eq!(gap, "1 bytes at 5 do not follow the 0 before");
+    }
+
+    #[test]
+    fn nothing_is_kept_of_a_morph_that_is_undone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (program(dir.path(), "old"), program(dir.path(), "new"));
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        *old.lock() = Inner { state: State::Active, pid: Some(pid), ..Inner::default() };
+        for frozen in [false, true] {
+            round(&old, &new, true);
+            if frozen {
+                old.freeze().unwrap();
+            }
+            assert!(old.out.join("0").exists());
+            old.thaw().unwrap();
+            assert!(fs::read_dir(&old.out).unwrap().next().is_none(), "frozen: {frozen}");
+            assert_eq!(old.state(), State::Active);
+        }
+        old.retire().unwrap();
+        assert!(!child.wait().unwrap().success());
+        old.thaw().unwrap();
+        assert_eq!(old.state(), State::Retired);
     }
 
     #[test]

@@ -24,8 +24,9 @@ const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_LIMIT: Duration = Duration::from_secs(60);
 /// Orders that may wait, and pieces that arrive: together they are a few times what is read from the daemon at once.
 const QUEUE: usize = 32;
-/// Orders that were said and not answered.
-const UNANSWERED: usize = 64;
+/// Orders that were said and not answered. Those of a round, two for each section and a few more, are said before anybody
+/// takes a piece, and what is told after them, such as that there is room again, must not wait for the first answer.
+const UNANSWERED: usize = 4 * SECTION_LIMIT;
 
 /// A piece of a section that a workload has exported.
 #[derive(Clone, Debug)]
@@ -534,5 +535,53 @@ async fn exported(
         // Who asked may have given up waiting.
         let _ = done.send(ended);
         return Ok(());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_workload_hears_of_room_for_pieces_when_as_much_as_possible_was_asked_of_it() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut ours = BufReader::new(ours);
+        let section = |n: usize| format!("section name=s{n} version=1 size=1 compatible=c\n");
+        let sections: String = (0..SECTION_LIMIT).map(section).collect();
+        let hello = format!("hello version=1 name=w state=active knows=window\n{sections}ready\n");
+        ours.write_all(hello.as_bytes()).await.unwrap();
+        let introduced = introduce(theirs).await.unwrap();
+        let hook = introduced.hook();
+        tokio::spawn(introduced.run());
+        let said = async {
+            hook.say(Order::Freeze).await.unwrap();
+            let (mut exports, mut digests) = (vec![], vec![]);
+            for section in &hook.sections {
+                exports.push(hook.export(&section.name, true).await.unwrap());
+            }
+            for section in &hook.sections {
+                let section = section.name.clone();
+                digests.push(hook.say(Order::Digest { section }).await.unwrap());
+            }
+            // The other kernel has taken the first piece.
+            hook.tell(Order::Freed { place: 0 });
+            let mut heard = String::new();
+            while !heard.ends_with("freed place=0\n") {
+                assert!(ours.read_line(&mut heard).await.unwrap() > 0);
+            }
+            let answered = format!(
+                "ok\n{}{}",
+                "done\n".repeat(SECTION_LIMIT),
+                "digest value=00\n".repeat(SECTION_LIMIT)
+            );
+            ours.write_all(answered.as_bytes()).await.unwrap();
+            for (_, ended) in exports {
+                assert_eq!(ended.await.unwrap(), Ok(()));
+            }
+            for digest in digests {
+                assert_eq!(digest.digest().await, Ok(vec![0]));
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), said).await.unwrap();
     }
 }

@@ -124,6 +124,9 @@ class Counter:
                 self.sessions = {n: s for n, s in self.sessions.items() if s.carrier}
             self.state = "frozen"
         elif word == "thaw":
+            if self.state == "frozen":
+                # Those left meanwhile, and did not go to another kernel.
+                self.sessions = {n: s for n, s in self.sessions.items() if s.carrier}
             self.state = "active" if self.state == "frozen" else self.state
             self.throttle(0)
         elif word == "throttle":
@@ -217,6 +220,9 @@ class Counter:
             raise ValueError("not the greeting of a session")
         number = values["id"]
         with self.changed:
+            if values["resume"] == "1" and number in self.sessions:
+                # It is waited for from here on.
+                self.sessions[number].carrier = connection
             self.wait_until_active()
             if values["resume"] == "0":
                 self.sessions[number] = Session()
@@ -234,8 +240,10 @@ class Counter:
         finally:
             with self.changed:
                 # The switch holds the client: when it lets go of the session, nobody comes back for it.
-                if self.state == "active" and session.carrier is connection:
-                    self.sessions.pop(number, None)
+                if session.carrier is connection:
+                    session.carrier = None
+                    if self.state == "active":
+                        self.sessions.pop(number, None)
 
     def answer(self, session, connection, stream):
         requests, ended, told = bytearray(), False, session.consumed

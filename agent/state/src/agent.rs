@@ -128,6 +128,10 @@ impl<'a> Agent<'a> {
 
     /// Have the next line carried out, or wait for its turn; `false` at the end of the connection.
     fn hear(&mut self) -> Result<bool, Trouble> {
+        // The agent is not kept waiting for an answer by what it has not said yet.
+        if !self.reader.buffer().contains(&b'\n') {
+            self.flush()?;
+        }
         let Some(line) = line(&mut self.reader)? else { return Ok(false) };
         match line.parse()? {
             Order::Freed { place } => {
@@ -135,6 +139,9 @@ impl<'a> Agent<'a> {
                 let _ = self.window.as_mut().is_some_and(|w| w.freed(place));
             }
             Order::Import { section, offset, bytes } => {
+                if self.reader.buffer().len() < bytes as usize {
+                    self.flush()?;
+                }
                 let mut piece = std::mem::take(&mut self.spare);
                 piece.resize(bytes as usize, 0);
                 self.reader.read_exact(&mut piece)?;
@@ -391,6 +398,31 @@ mod tests {
             assert_eq!(placed, !goes_on, "{order_of}: {second:?}");
             // It is carried out in its turn.
             assert_eq!(order(&mut agent), order_of);
+        }
+    }
+
+    #[test]
+    fn an_answer_does_not_wait_for_the_order_after_the_pieces_that_follow_it() {
+        for (there, rest) in [(&b"xyz"[..], &b""[..]), (b"x", b"yz")] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (mut agent, mut other) = (Agent::new(&ours), Other(BufReader::new(theirs)));
+            other.0.get_ref().set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+            let take = Order::Take { section: "a".into(), offset: 0, bytes: 1, place: 0 };
+            let import = Order::Import { section: "a".into(), offset: 1, bytes: 3 };
+            let said = [format!("{take}\n{import}\n").as_bytes(), there].concat();
+            other.0.get_mut().write_all(&said).unwrap();
+            assert_eq!(order(&mut agent), take);
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    assert!(agent.answer(&Report::Ok).is_ok());
+                    assert!(matches!(agent.next(), Ok(Some(Heard::Piece { .. }))));
+                    assert!(matches!(agent.next(), Ok(None)));
+                });
+                // It goes when this fails, and nobody waits for it any more.
+                let mut other = other;
+                assert_eq!(other.hear(), Report::Ok);
+                other.0.get_mut().write_all(rest).unwrap();
+            });
         }
     }
 

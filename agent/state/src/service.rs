@@ -53,6 +53,14 @@ struct Client {
     session: Session,
     /// Which connection carries it; 0: none since this service serves.
     carried_by: u64,
+    /// That connection has ended while nothing could be forgotten.
+    left: bool,
+}
+
+impl Client {
+    fn new(session: Session, carried_by: u64) -> Client {
+        Client { session, carried_by, left: false }
+    }
 }
 
 struct Inner<A> {
@@ -83,6 +91,31 @@ struct Turn {
     end: bool,
     /// There is more to take when the state may change again.
     more: bool,
+    /// Nothing more is taken: what was taken before is answered, and the session ends.
+    failed: Option<String>,
+}
+
+/// A connection, for as long as it is served, however that ends.
+struct Carrier<'a, A: App> {
+    service: &'a Service<A>,
+    id: u64,
+    connection: u64,
+}
+
+impl<A: App> Drop for Carrier<'_, A> {
+    fn drop(&mut self) {
+        let mut inner = self.service.lock();
+        let active = inner.state == State::Active;
+        let Some(client) = inner.clients.get_mut(&self.id).filter(|c| c.carried_by == self.connection) else {
+            return;
+        };
+        // The switch holds the client: when it lets go of the session, nobody will come back for it. One that stands
+        // still may be on its way to another kernel.
+        client.left = true;
+        if active {
+            inner.clients.remove(&self.id);
+        }
+    }
 }
 
 fn gone() -> io::Error {
@@ -150,18 +183,13 @@ impl<A: App> Service<A> {
         let mut reader = BufReader::with_capacity(FRAME_LIMIT, reader);
         let greeting = Greeting::parse(&line(&mut reader)?).map_err(io::Error::other)?;
         let id = greeting.id;
-        let (connection, welcome, answers, ended) = self.active()?.attach(greeting);
+        let connection = self.lock().announce(greeting);
+        let _carrier = Carrier { service: self, id, connection };
+        let (welcome, answers, ended) = self.active()?.attach(greeting, connection)?;
         writer.write_all(welcome.to_string().as_bytes())?;
         let Welcome::Ok { consumed, .. } = welcome else { return writer.flush() };
         frames(&mut writer, &answers, consumed, ended)?;
-        let served = self.turns(&mut reader, &mut writer, id, connection);
-        // The switch holds the client: when it lets go of the session, nobody will come back for it.
-        let mut inner = self.lock();
-        let mine = inner.clients.get(&id).is_some_and(|c| c.carried_by == connection);
-        if mine && inner.state == State::Active {
-            inner.clients.remove(&id);
-        }
-        served
+        self.turns(&mut reader, &mut writer, id, connection)
     }
 
     fn turns(
@@ -198,6 +226,9 @@ impl<A: App> Service<A> {
                 if !answers.is_empty() || turn.end || turn.confirmed - told >= CONFIRM {
                     frames(writer, &answers, turn.confirmed, turn.end)?;
                     told = turn.confirmed;
+                }
+                if let Some(why) = turn.failed {
+                    return Err(io::Error::other(why));
                 }
                 if !turn.more {
                     break;
@@ -256,20 +287,30 @@ impl From<NoSection> for ExportError {
 }
 
 impl<A: App> Inner<A> {
-    fn attach(&mut self, greeting: Greeting) -> (u64, Welcome, Vec<u8>, bool) {
+    /// Number of a connection that has greeted. From here on a session that it resumes is waited for.
+    fn announce(&mut self, greeting: Greeting) -> u64 {
         self.connections += 1;
-        let connection = self.connections;
+        if let Some(client) = self.clients.get_mut(&greeting.id).filter(|_| greeting.resume) {
+            (client.carried_by, client.left) = (self.connections, false);
+        }
+        self.connections
+    }
+
+    fn attach(&mut self, greeting: Greeting, connection: u64) -> io::Result<(Welcome, Vec<u8>, bool)> {
+        // Those that waited go on in any order.
+        if self.clients.get(&greeting.id).is_some_and(|c| c.carried_by > connection) {
+            return Err(gone());
+        }
         if !greeting.resume {
-            let session = Session::default();
-            self.clients.insert(greeting.id, Client { session, carried_by: connection });
+            self.clients.insert(greeting.id, Client::new(Session::default(), connection));
         }
         let Some(client) = self.clients.get_mut(&greeting.id) else {
-            return (connection, Welcome::Unknown, vec![], false);
+            return Ok((Welcome::Unknown, vec![], false));
         };
-        client.carried_by = connection;
+        (client.carried_by, client.left) = (connection, false);
         let s = &client.session;
         let welcome = Welcome::Ok { consumed: s.consumed, from: s.answers.from() };
-        (connection, welcome, s.answers.bytes().to_vec(), s.ended)
+        Ok((welcome, s.answers.bytes().to_vec(), s.ended))
     }
 
     fn confirm(&mut self, id: u64, connection: u64, at: u64) -> io::Result<()> {
@@ -295,8 +336,8 @@ impl<A: App> Inner<A> {
         let Inner { app, memory, pace, clients, .. } = self;
         let session = &mut clients.get_mut(&id).ok_or_else(gone)?.session;
         // A client that does not read its answers gets no more of them before it does.
-        let full = |answers: &Vec<u8>| session.answers.bytes().len() + answers.len() >= WINDOW;
-        let (mut taken, mut waits, mut more) = (0, full(answers), false);
+        let full = |session: &Session| session.answers.bytes().len() >= WINDOW;
+        let (mut taken, mut waits, mut more, mut failed) = (0, full(session), false, None);
         while !session.ended && !waits && taken < input.len() {
             if taken > 0 && pace.is_limited() {
                 more = pace.may_change(now(), memory.changes()).is_err();
@@ -304,22 +345,28 @@ impl<A: App> Inner<A> {
                     break;
                 }
             }
-            let rest = input.get(taken..).unwrap_or_default();
-            match app.take(memory, rest, answers).map_err(io::Error::other)? {
-                0 => break,
-                more if more > rest.len() => {
-                    return Err(io::Error::other("the service took more than there is"));
+            let (rest, before) = (input.get(taken..).unwrap_or_default(), answers.len());
+            match app.take(memory, rest, answers) {
+                Ok(0) => break,
+                Ok(n) if n <= rest.len() => {
+                    // It counts before the next one, which may fail.
+                    taken += n;
+                    session.consumed += n as u64;
+                    session.answers.push(answers.get(before..).unwrap_or_default());
                 }
-                more => taken += more,
+                not_taken => {
+                    let why = not_taken.err().unwrap_or_else(|| "the service took more than there is".into());
+                    answers.truncate(before);
+                    failed = Some(why);
+                    break;
+                }
             }
-            waits = full(answers);
+            waits = full(session);
         }
         input.drain(..taken);
-        session.consumed += taken as u64;
-        session.answers.push(answers);
-        let end = client_ended && !waits && !more && !session.ended;
+        let end = client_ended && !waits && !more && failed.is_none() && !session.ended;
         session.ended |= end;
-        Ok(Turn { confirmed: session.consumed, end, more })
+        Ok(Turn { confirmed: session.consumed, end, more, failed })
     }
 
     fn files(&mut self) -> Result<&mut Files, NoSection> {
@@ -419,6 +466,7 @@ impl<A: App> Workload for Service<A> {
         let mut inner = self.lock();
         if inner.state == State::Frozen {
             inner.state = State::Active;
+            inner.clients.retain(|_, c| !c.left);
         }
         inner.throttle(0);
         self.changed.notify_all();
@@ -537,9 +585,12 @@ impl<A: App> Workload for Service<A> {
         // A round may bring nothing of it.
         if section == SESSIONS && !inner.arriving.is_empty() {
             let table = Table::decode(&std::mem::take(&mut inner.arriving)).map_err(|e| e.to_string())?;
-            let clients = table.0.into_iter().map(|(id, session)| (id, Client { session, carried_by: 0 }));
+            let clients = table.0.into_iter().map(|(id, session)| (id, Client::new(session, 0)));
             inner.clients = clients.collect();
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,7 +71,7 @@ async fn an_agent_that_was_started_anew_hears_of_its_workloads_that_it_took_over
     let broker = Arc::<Broker>::default();
     again.daemon = daemon(&broker).await;
     assert!(!again.forgets().await);
-    let began = std::time::Instant::now();
+    let began = tokio::time::Instant::now();
     assert!(!again.forgets().await);
     assert!(began.elapsed() < Duration::from_millis(500), "it waited again");
 }

@@ -16,7 +16,7 @@ mod record;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -332,13 +332,22 @@ impl Files {
                 return Err(format!("{} of {expected} files came", a.coming.len()));
             }
             a.table = std::mem::take(&mut a.coming);
-            let gone: Vec<u64> =
-                a.stages.keys().filter(|n| !a.table.iter().any(|m| m.content == **n)).copied().collect();
+            let arrives =
+                |n: u64| a.table.iter().any(|m| m.content == n && !matches!(m.kind, Kind::There(_)));
+            let gone: Vec<u64> = a.stages.keys().copied().filter(|n| !arrives(*n)).collect();
             for number in gone {
                 self.blocks.remove(&number);
                 if let Some(stage) = a.stages.remove(&number) {
                     stage.discard()?;
                 }
+            }
+        }
+        let with_content = a.table.iter().filter(|m| !matches!(m.kind, Kind::There(_)));
+        let mut seen = BTreeSet::new();
+        // Of several names of one file it gets the first.
+        for meta in with_content.filter(|m| seen.insert(m.content)) {
+            if let Some(stage) = a.stages.get_mut(&meta.content) {
+                stage.follow(meta).map_err(|e| format!("file {}: {e}", meta.name))?;
             }
         }
         a.ready.clear();
@@ -358,10 +367,11 @@ impl Files {
 
     /// The workload serves with what was imported: those files take their places, and are the ones that are open.
     pub fn activate(&mut self) -> Result<(), String> {
-        let Arriving { table, stages, mut ready, .. } = std::mem::take(&mut self.arriving);
-        for stage in stages.values() {
+        for stage in self.arriving.stages.values_mut() {
             stage.settle()?;
         }
+        // Before all of them have their places it can be told again.
+        let Arriving { table, mut ready, .. } = std::mem::take(&mut self.arriving);
         for meta in table {
             let Some(file) = ready.remove(&meta.name) else { continue };
             let content = match meta.kind {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -102,10 +103,24 @@ pub(super) fn describe(name: &str, file: &File, along: Option<bool>, content: u6
     })
 }
 
-/// Where the content of a file that has a name is kept until it takes its place.
-fn beside(path: &Path, content: u64) -> Result<PathBuf, String> {
+/// Where the content of a file that has a name is kept until it takes its place. Other workloads may have content for the
+/// same place: no two get the same name.
+fn beside(path: &Path) -> Result<PathBuf, String> {
+    static NUMBERS: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or_else(|| format!("{} is no path of a file", path.display()))?;
-    Ok(path.with_file_name(format!(".{}.kmorph-{content}", name.to_string_lossy())))
+    let (process, number) = (std::process::id(), NUMBERS.fetch_add(1, Ordering::Relaxed));
+    Ok(path.with_file_name(format!(".{}.kmorph-{process}-{number}", name.to_string_lossy())))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), String> {
+    fs::rename(from, to).map_err(|e| format!("{} to {}: {e}", from.display(), to.display()))
+}
+
+fn remove(path: &Path) -> Result<(), String> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(format!("{}: {e}", path.display())),
+        _ => Ok(()),
+    }
 }
 
 /// A file that content arrives in.
@@ -114,6 +129,7 @@ pub(super) struct Stage {
     pub(super) file: File,
     /// Its name, and the one it gets.
     moves: Option<(PathBuf, PathBuf)>,
+    /// Those it gets.
     seals: u32,
 }
 
@@ -121,7 +137,7 @@ impl Stage {
     pub(super) fn new(meta: &Meta) -> Result<Stage, String> {
         let (name, seals) = match &meta.kind {
             Kind::Along(path) => {
-                let beside = beside(path, meta.content)?;
+                let beside = beside(path)?;
                 let open = OpenOptions::new()
                     .read(true)
                     .write(true)
@@ -144,6 +160,30 @@ impl Stage {
         Ok(Stage { file: made.into(), moves: None, seals })
     }
 
+    /// What it was made for may have been renamed, unlinked or sealed since.
+    pub(super) fn follow(&mut self, meta: &Meta) -> Result<(), String> {
+        match (&meta.kind, &self.moves) {
+            (Kind::Along(path), Some((_, to))) if to == path => {}
+            (Kind::Along(path), Some((from, _))) => {
+                // A folder that is not there is noticed now, and not when it is to serve.
+                let beside = beside(path)?;
+                rename(from, &beside)?;
+                self.moves = Some((beside, path.clone()));
+            }
+            // One that was unlinked gets no name any more.
+            (Kind::Along(path), None) => {
+                return Err(format!("it comes without a name, and is to be {}", path.display()));
+            }
+            (Kind::Unlinked, Some((from, _))) => {
+                remove(from)?;
+                self.moves = None;
+            }
+            (Kind::Memory { seals, .. }, _) => self.seals = *seals,
+            (Kind::Unlinked, None) | (Kind::There(_), _) => {}
+        }
+        Ok(())
+    }
+
     /// Everything has arrived, for now.
     pub(super) fn complete(&self, meta: &Meta) -> Result<(), String> {
         self.file.set_len(meta.size).map_err(|e| format!("{} bytes: {e}", meta.size))?;
@@ -157,26 +197,23 @@ impl Stage {
             .map_err(|e| format!("mode {:o}: {e}", meta.mode))
     }
 
-    /// Give it its name and its seals.
-    pub(super) fn settle(&self) -> Result<(), String> {
+    /// Give it its name and its seals. Done again it changes nothing.
+    pub(super) fn settle(&mut self) -> Result<(), String> {
         if let Some((from, to)) = &self.moves {
-            fs::rename(from, to).map_err(|e| format!("{} to {}: {e}", from.display(), to.display()))?;
-        } else {
+            rename(from, to)?;
+            self.moves = None;
+        }
+        if self.seals != 0 {
             let seals = SealFlag::from_bits_retain(self.seals.cast_signed());
             fcntl(&self.file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| format!("seals {seals:?}: {e}"))?;
+            self.seals = 0;
         }
         Ok(())
     }
 
     /// Nobody wants it.
     pub(super) fn discard(self) -> Result<(), String> {
-        match self.moves {
-            Some((from, _)) => match fs::remove_file(&from) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(format!("{}: {e}", from.display())),
-                _ => Ok(()),
-            },
-            None => Ok(()),
-        }
+        self.moves.map_or(Ok(()), |(from, _)| remove(&from))
     }
 }
 

@@ -242,6 +242,133 @@ fn what_cannot_go_along_is_refused_in_words() {
     assert_eq!(new.imported().unwrap_err(), "0 of 1 files came");
 }
 
+fn file_at(path: &std::path::Path, text: &str) -> File {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap();
+    file.write_all_at(text.as_bytes(), 0).unwrap();
+    file
+}
+
+fn names(dir: &tempfile::TempDir) -> Vec<String> {
+    let entries = std::fs::read_dir(dir.path()).unwrap();
+    let mut all: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn what_was_renamed_or_unlinked_between_rounds_is_so_in_the_new_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (mut old, mut new) = (Files::new(LIMIT), Files::new(LIMIT));
+    std::fs::create_dir(path("d")).unwrap();
+    for name in ["log", "x.tmp", "gone"] {
+        old.insert(name, file_at(&path(name), name), Content::Along).unwrap();
+    }
+    round(&mut old, &mut new, true);
+    // A log that is rotated, a file that is written beside its place, in another folder, and one that is unlinked.
+    std::fs::rename(path("log"), path("log.1")).unwrap();
+    old.insert("log2", file_at(&path("log"), "another"), Content::Along).unwrap();
+    std::fs::rename(path("x.tmp"), path("d/x")).unwrap();
+    std::fs::remove_file(path("gone")).unwrap();
+    assert!(round(&mut old, &mut new, false) > 0);
+    // The new kernel has none of them.
+    for name in ["log", "log.1", "d/x"] {
+        std::fs::remove_file(path(name)).unwrap();
+    }
+    new.activate().unwrap();
+    assert_eq!(names(&dir), ["d", "log", "log.1"]);
+    for (name, want) in [("log", "another"), ("log.1", "log"), ("d/x", "x.tmp")] {
+        assert_eq!(std::fs::read_to_string(path(name)).unwrap(), want);
+    }
+    assert_eq!(content(new.get("gone").unwrap()), b"gone");
+    assert_eq!(new.get("gone").unwrap().metadata().unwrap().nlink(), 0);
+    // A folder that is not there is noticed before it is to serve.
+    let mut third = Files::new(LIMIT);
+    round(&mut new, &mut third, true);
+    std::fs::create_dir(path("e")).unwrap();
+    std::fs::rename(path("d/x"), path("e/x")).unwrap();
+    let mut sink = each(|_, piece| third.import(piece).map_err(std::io::Error::other));
+    new.export(false, &mut sink).unwrap();
+    drop(sink);
+    std::fs::remove_dir_all(path("e")).unwrap();
+    let error = third.imported().unwrap_err();
+    assert!(error.contains("file x.tmp: ") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn content_that_is_not_to_go_along_any_more_takes_no_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let (mut old, mut new) = (Files::new(LIMIT), Files::new(LIMIT));
+    let file = file_at(&path, "content");
+    old.insert("file", file.try_clone().unwrap(), Content::Along).unwrap();
+    round(&mut old, &mut new, true);
+    old.insert("file", file.try_clone().unwrap(), Content::There).unwrap();
+    round(&mut old, &mut new, false);
+    assert_eq!(names(&dir), ["file"]);
+    new.activate().unwrap();
+    assert_eq!(place::identity(new.get("file").unwrap()).unwrap(), place::identity(&file).unwrap());
+}
+
+#[test]
+fn memory_that_is_sealed_between_rounds_is_sealed_in_the_new_kernel() {
+    let (mut old, mut new) = (Files::new(LIMIT), Files::new(LIMIT));
+    let file = memory("m");
+    file.write_all_at(b"content", 0).unwrap();
+    old.insert("m", file.try_clone().unwrap(), Content::AsNeeded).unwrap();
+    round(&mut old, &mut new, true);
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    round(&mut old, &mut new, false);
+    new.activate().unwrap();
+    let got = fcntl(new.get("m").unwrap(), FcntlArg::F_GET_SEALS).unwrap();
+    assert_eq!(SealFlag::from_bits_retain(got), seals);
+}
+
+#[test]
+fn files_that_could_not_take_their_places_do_so_when_that_is_told_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (mut old, mut new) = (Files::new(LIMIT), Files::new(LIMIT));
+    for name in ["a", "b", "c"] {
+        old.insert(name, file_at(&path(name), name), Content::Along).unwrap();
+    }
+    let sealed = memory("m");
+    fcntl(&sealed, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL)).unwrap();
+    old.insert("0", sealed, Content::AsNeeded).unwrap();
+    round(&mut old, &mut new, true);
+    std::fs::remove_file(path("b")).unwrap();
+    std::fs::create_dir(path("b")).unwrap();
+    for _ in 0..2 {
+        assert!(new.activate().unwrap_err().contains("directory"));
+        assert!(new.get("a").is_none());
+    }
+    std::fs::remove_dir(path("b")).unwrap();
+    new.activate().unwrap();
+    assert_eq!(names(&dir), ["a", "b", "c"]);
+    for name in ["a", "b", "c"] {
+        assert_eq!(content(new.get(name).unwrap()), name.as_bytes());
+    }
+    assert!(new.get("0").is_some());
+}
+
+#[test]
+fn two_workloads_may_have_one_file_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("both");
+    let file = file_at(&path, "content");
+    let mut all: Vec<_> = (0..2).map(|_| (Files::new(LIMIT), Files::new(LIMIT))).collect();
+    for (old, new) in &mut all {
+        old.insert("file", file.try_clone().unwrap(), Content::Along).unwrap();
+        round(old, new, true);
+    }
+    for (_, new) in &mut all {
+        new.activate().unwrap();
+        assert_eq!(content(new.get("file").unwrap()), b"content");
+    }
+    assert_eq!(names(&dir), ["both"]);
+}
+
 /// What happens to a file between rounds.
 #[derive(Clone, Debug)]
 enum Change {
