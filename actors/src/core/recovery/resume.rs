@@ -157,9 +157,12 @@ impl Recovery {
     /// Nothing is there: finish what was meant.
     fn resume_gone(&mut self, phase: Phase, out: &mut Vec<Action>) {
         // Nobody saw how much of what it had was given back.
-        if matches!(phase, Phase::ReclaimingResources | Phase::Booting) && self.goal == Goal::Stop
-            || phase == Phase::ReclaimingResources && self.goal != Goal::Restart
-        {
+        let gives_back = match phase {
+            Phase::ReclaimingResources => self.goal != Goal::Restart,
+            Phase::Booting => self.goal == Goal::Stop,
+            _ => false,
+        };
+        if gives_back {
             return self.take_back("the supervisor was restarted", out);
         }
         let recovering = matches!(

@@ -298,6 +298,11 @@ fn a_restart_that_fails_while_it_is_terminated_gives_the_cpus_back_that_were_kep
     assert!(given.contains(&Action::Reclaim { release_cpus: true }), "{given:?}");
     assert!(m.step(MS, event(12)).contains(&Action::Settled(Outcome::Stopped)));
     assert_eq!(m.phase(), Phase::Stopped);
+    // Also under the next supervisor.
+    let saved = Saved { phase: Phase::Booting, goal: Goal::Stop, incident: true, ..Saved::default() };
+    let (m, actions) = Recovery::resume(Policy::default(), 1, saved, Found::Nothing, MS, Duties::default());
+    assert!(actions.contains(&Action::Reclaim { release_cpus: true }), "{actions:?}");
+    assert_eq!(m.phase(), Phase::ReclaimingResources);
 }
 
 #[test]

@@ -15,6 +15,22 @@ async fn took_over_unheard() -> (World, Arc<tokio::sync::Notify>) {
     (w, gate)
 }
 
+/// Morph until the new kernel serves, of which nobody hears.
+async fn until_it_serves(w: &World) {
+    tokio::select! {
+        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
+        () = served(w, 511) => {}
+    }
+}
+
+/// The same, with the daemon killed then.
+async fn killed_unheard() -> World {
+    let (w, _gate) = took_over_unheard().await;
+    until_it_serves(&w).await;
+    w.tree.kill_for_test();
+    w
+}
+
 async fn asked_before_it_was_given_up(w: &World) {
     at_rest(w, 511).await;
     served(w, 511).await;
@@ -37,10 +53,7 @@ async fn a_kernel_that_took_over_and_whose_answer_is_lost_is_the_instance() {
 #[tokio::test(start_paused = true)]
 async fn a_kernel_that_took_over_while_the_daemon_died_is_the_instance() {
     let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
+    until_it_serves(&w).await;
     let w = again(w).await;
     asked_before_it_was_given_up(&w).await;
 }
@@ -70,12 +83,7 @@ async fn an_old_kernel_that_dies_when_another_took_over_is_missed_by_nobody() {
 
 #[tokio::test(start_paused = true)]
 async fn an_old_kernel_that_dies_before_the_next_daemon_knows_who_took_over_never_serves_again() {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    w.tree.kill_for_test();
+    let w = killed_unheard().await;
     w.fake.panic_unseen(1);
     // The question who took over is answered late: what is healed meanwhile is not told to serve.
     let gate = Arc::new(tokio::sync::Notify::new());
@@ -95,12 +103,7 @@ async fn an_old_kernel_that_dies_before_the_next_daemon_knows_who_took_over_neve
 
 #[tokio::test(start_paused = true)]
 async fn a_kernel_that_took_over_and_is_lost_before_anybody_knows_leaves_everything_with_the_old_one() {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    w.tree.kill_for_test();
+    let w = killed_unheard().await;
     let incarnation = w.fake.running(511).unwrap();
     w.fake.panic_unseen(511);
     w.fake.workloads.end((InstanceId(511), incarnation));
@@ -139,17 +142,6 @@ async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
     at_rest(&w, 511).await;
     served(&w, 511).await;
     assert_eq!(w.fake.workloads.count(511), 6);
-}
-
-/// The next daemon after one that was killed when the new kernel had taken over.
-async fn killed_unheard() -> World {
-    let (w, _gate) = took_over_unheard().await;
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
-    w.tree.kill_for_test();
-    w
 }
 
 #[tokio::test(start_paused = true)]
@@ -192,10 +184,7 @@ async fn a_kernel_that_is_gone_when_the_next_daemon_asks_has_not_taken_over() {
 async fn a_kernel_that_took_over_serves_on_while_nobody_heals_the_old_one() {
     let (w, _gate) = took_over_unheard().await;
     w.tree.policy_set("web", Key::AutoHeal, Some("disabled")).await.unwrap();
-    tokio::select! {
-        ended = w.tree.morph(to(MorphGoal::Commit)) => panic!("{ended:?}"),
-        () = served(&w, 511) => {}
-    }
+    until_it_serves(&w).await;
     w.tree.kill_for_test();
     w.fake.panic_unseen(1);
     let w = again(w).await;
@@ -216,8 +205,6 @@ async fn what_operators_set_before_it_is_written_down_stays_set() {
         w.store.broken.store(true, Ordering::SeqCst);
         gate.notify_one();
         w.pass(Duration::from_secs(2)).await;
-        w.store.broken.store(false, Ordering::SeqCst);
-        w.store.broken.store(true, Ordering::SeqCst);
         let set = w.tree.policy_set("web", Key::FenceTries, Some("7"));
         let mends = async {
             w.pass(MS).await;
