@@ -22,7 +22,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-use crate::host::{RESULT, STORY};
+use crate::host::{RESULT, STORY, STUCK};
 use crate::{Context, Result, scenarios};
 
 /// The daemon's socket.
@@ -35,6 +35,9 @@ pub const PYTHON: &str = "/boot/python.img";
 pub const CRIU: &str = "/boot/criu.img";
 /// No single command takes longer, even on a loaded host.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+
+/// A command that takes longer than any boot is worth a look at what every CPU does.
+const STUCK_AFTER: Duration = Duration::from_secs(18);
 
 /// Run a scenario and say how it ended.
 pub fn run(name: &str) -> Result<()> {
@@ -150,7 +153,15 @@ impl Guest {
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
             let all =
                 async { tokio::try_join!(drain(stdout, &mut out), drain(stderr, &mut err), child.wait()) };
-            timeout(COMMAND_LIMIT, all).await.ok().transpose().context(program)
+            let stuck = async {
+                tokio::time::sleep(STUCK_AFTER).await;
+                println!("{STUCK}{program} {}", args.join(" "));
+                std::future::pending().await
+            };
+            tokio::select! {
+                ended = timeout(COMMAND_LIMIT, all) => ended.ok().transpose().context(program),
+                never = stuck => never,
+            }
         };
         let ended = self.wait(run)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

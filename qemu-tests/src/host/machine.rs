@@ -1,6 +1,7 @@
 //! One QEMU machine running one scenario.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -34,6 +35,8 @@ impl Default for MachineSpec {
 
 /// Lines of the scenario start with this; everything else is the kernel's.
 pub const STORY: &str = "KM| ";
+/// A command takes too long: see what every CPU does.
+pub const STUCK: &str = "KMORPH-STUCK ";
 /// The scenario's verdict.
 pub const RESULT: &str = "KMORPH-RESULT ";
 
@@ -59,6 +62,27 @@ pub fn wait_limited(child: &mut Child, limit: Duration) -> Result<bool> {
     Ok(false)
 }
 
+/// What QEMU's monitor says of every CPU, a few times: where it is and which interrupts wait.
+fn registers(monitor: &Path, cpus: u32) -> Result<String> {
+    let mut stream = UnixStream::connect(monitor).context("connect to QEMU's monitor")?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).context("limit QEMU's monitor")?;
+    let lapics: String = (0..cpus).map(|n| format!("info lapic {n}\n")).collect();
+    for _ in 0..3 {
+        write!(stream, "info registers -a\n{lapics}").context("ask QEMU's monitor")?;
+    }
+    let mut text = Vec::new();
+    // It never ends the answer: the limit does.
+    match stream.read_to_end(&mut text) {
+        Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => Err(format!("QEMU's monitor: {e}")),
+        _ => {
+            // Not what was asked, nor registers that say nothing of where it is.
+            let noise = |line: &&str| ["(qemu)", "YMM", "XMM", "FPR"].iter().any(|n| line.starts_with(n));
+            let text = String::from_utf8_lossy(&text);
+            Ok(text.lines().filter(|line| !noise(line)).collect::<Vec<_>>().join("\n"))
+        }
+    }
+}
+
 /// Boot, show, and judge.
 pub fn run(
     cache: &Cache,
@@ -71,6 +95,7 @@ pub fn run(
     let release = cache.release(spec.primary)?;
     let log = cache.work(&format!("{}.log", s.name));
     let mut file = std::fs::File::create(&log).context("create the log")?;
+    let monitor = cache.work(&format!("{}.monitor", s.name));
     let append = format!(
         "console=ttyS0,115200 loglevel=4 panic=-1 no_ipi_broadcast=1 memmap=448K$64K {} kmorph.scenario={}",
         spec.cmdline, s.name
@@ -78,7 +103,8 @@ pub fn run(
     let mut child = Command::new("qemu-system-x86_64")
         .args(accel.args())
         .args(["-smp", &spec.cpus.to_string(), "-m", &format!("{}M", spec.memory_mib)])
-        .args(["-display", "none", "-monitor", "none", "-no-reboot", "-nic", "none", "-serial", "stdio"])
+        .args(["-display", "none", "-no-reboot", "-nic", "none", "-serial", "stdio"])
+        .args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())])
         .arg("-kernel")
         .arg(cache.vmlinuz(&release))
         .arg("-initrd")
@@ -114,6 +140,11 @@ pub fn run(
                     // The first failure counts; an "ok" after it does not.
                     let this = if text.trim() == "ok" { Ok(()) } else { Err(text.trim().to_string()) };
                     verdict = Some(verdict.map_or(this.clone(), |v| v.and(this)));
+                } else if line.contains(STUCK) {
+                    // What hung kernels do can be seen only from outside, and only now.
+                    let seen = registers(&monitor, spec.cpus).unwrap_or_else(|e| e);
+                    writeln!(file, "{line}\n{seen}").context("write the log")?;
+                    continue;
                 } else if let Some(at) = line.find(STORY) {
                     println!("{}", &line[at + STORY.len()..]);
                 } else if verbose {

@@ -4,6 +4,7 @@ mod bad_input;
 mod bench;
 mod blackout;
 mod boot_failures;
+mod boots;
 mod criu;
 mod documentation;
 mod failures;
@@ -91,6 +92,7 @@ pub const ALL: &[&Scenario] = &[
     &blackout::SCENARIO,
     &transfer::SCENARIO,
     &transport::SCENARIO,
+    &boots::SCENARIO,
     &failures::PARTS[0],
     &failures::PARTS[1],
     &failures::PARTS[2],
