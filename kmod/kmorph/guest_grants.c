@@ -228,7 +228,7 @@ static void forget_unused(void)
 	known.cpu_count = n;
 	for (i = 0, n = 0; i < known.extent_count; i++)
 		if (region_intersects(known.extent[i].base, known.extent[i].size,
-				      IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) == REGION_INTERSECTS)
+				      IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT)
 			known.extent[n++] = known.extent[i];
 	known.extent_count = n;
 }
@@ -236,7 +236,14 @@ static void forget_unused(void)
 /* What this kernel was booted with is there already, as is what an earlier load took up. */
 static void know_first(void)
 {
-	if (!copy_table(&known)) {
+	bool copied = copy_table(&known);
+	unsigned int tries;
+
+	for (tries = 1; !copied && tries < GUARD_TRIES; tries++) {
+		usleep_range(50, 100);
+		copied = copy_table(&known);
+	}
+	if (!copied) {
 		memset(&known, 0, sizeof(known));
 		return;
 	}

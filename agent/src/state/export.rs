@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use kmorph_state::wire::{Order, State, THROTTLE_LIMIT};
+use kmorph_state::wire::{Order, THROTTLE_LIMIT};
 use kmp::io::Connection;
 use kmp::message::{Blob, Message, MorphTransferState, MorphValidate, SectionDigest};
 use kmp::session::Event;
@@ -258,9 +258,7 @@ impl Broker {
     /// Have everybody stand still whose state goes. One that came too late for that would begin anew.
     async fn freeze(&self, plan: &Plan) -> Result<Vec<Answer>, String> {
         let left = |h: &Arc<Hook>| {
-            h.state() == State::Active
-                && !h.sections.is_empty()
-                && !plan.sections.iter().any(|(p, _)| Arc::ptr_eq(p, h))
+            h.serves_soon() && !h.sections.is_empty() && !plan.sections.iter().any(|(p, _)| Arc::ptr_eq(p, h))
         };
         if let Some(hook) = self.hooks().into_iter().find(left) {
             return Err(format!(

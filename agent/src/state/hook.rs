@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +27,9 @@ const QUEUE: usize = 32;
 /// Orders that were said and not answered. Those of a round, two for each section and a few more, are said before anybody
 /// takes a piece, and what is told after them, such as that there is room again, must not wait for the first answer.
 const UNANSWERED: usize = 4 * SECTION_LIMIT;
+
+/// Key of a window that is of no use any more. It is the key of none.
+const OUTDATED: u64 = u64::MAX;
 
 /// A piece of a section that a workload has exported.
 #[derive(Clone, Debug)]
@@ -100,6 +103,8 @@ pub struct Hook {
     /// It was given pieces of state.
     given: AtomicBool,
     state: AtomicU8,
+    /// Orders to begin or to go on that are not answered yet.
+    beginning: AtomicU32,
     refused: Mutex<Refused>,
     jobs: mpsc::Sender<Job>,
     /// Orders nobody waits for: they never find the queue full.
@@ -125,6 +130,17 @@ impl Hook {
     fn set_state(&self, state: State) {
         let index = STATES.iter().position(|s| *s == state).unwrap_or(0);
         self.state.store(u8::try_from(index).unwrap_or(0), Ordering::SeqCst);
+    }
+
+    /// Whether it serves, or was told to.
+    pub fn serves_soon(&self) -> bool {
+        self.state() == State::Active || self.beginning.load(Ordering::SeqCst) > 0
+    }
+
+    fn count(&self, order: &Order) {
+        if begins(order) {
+            self.beginning.fetch_add(1, Ordering::SeqCst);
+        }
     }
 
     fn refused(&self) -> MutexGuard<'_, Refused> {
@@ -160,6 +176,7 @@ impl Hook {
 
     /// Say it when what it was told before is done. Nobody waits for the answer.
     pub fn tell(&self, order: Order) {
+        self.count(&order);
         // A connection that is over is noticed by whoever asks next.
         let _ = self.told.send(order);
     }
@@ -177,6 +194,7 @@ impl Hook {
         if matches!(order, Order::Take { .. }) {
             self.given.store(true, Ordering::SeqCst);
         }
+        self.count(&order);
         self.jobs.send(Job::Order(order, Some(reply))).await.map_err(|_| self.lost())?;
         Ok(Answer { answer, lost: self.lost() })
     }
@@ -204,6 +222,13 @@ impl Hook {
     /// Whether it needs no window of this key: it has it, or knows nothing of windows.
     pub fn has_window_of(&self, key: u64) -> bool {
         !self.windows || self.window.load(Ordering::SeqCst) == key
+    }
+
+    /// A window it may have is that of a morph, or a try, before this one: it needs another, whatever that one's key is.
+    pub fn outdate_window(&self) {
+        let outdated = |key: u64| (key != 0).then_some(OUTDATED);
+        // It has none.
+        let _ = self.window.fetch_update(Ordering::SeqCst, Ordering::SeqCst, outdated);
     }
 
     /// Whether it has a window.
@@ -290,12 +315,26 @@ pub async fn introduce(stream: UnixStream) -> io::Result<Introduced> {
     let (jobs, waiting) = mpsc::channel(QUEUE);
     let (told, hearing) = mpsc::unbounded_channel();
     debug_assert!(name.len() <= NAME_LIMIT);
-    let (state_of, window, given) = (AtomicU8::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let refused = Mutex::default();
-    let hook =
-        Hook { name, sections, throttles, windows, window, given, state: state_of, refused, jobs, told };
+    let hook = Hook {
+        name,
+        sections,
+        throttles,
+        windows,
+        window: AtomicU64::new(0),
+        given: AtomicBool::new(false),
+        state: AtomicU8::new(0),
+        beginning: AtomicU32::new(0),
+        refused: Mutex::default(),
+        jobs,
+        told,
+    };
     hook.set_state(state);
     Ok(Introduced { hook: Arc::new(hook), reader: stream, writer, jobs: waiting, told: hearing })
+}
+
+/// Whether a workload that does this serves then.
+fn begins(order: &Order) -> bool {
+    matches!(order, Order::Activate | Order::Thaw)
 }
 
 /// An answer that is owed.
@@ -467,7 +506,7 @@ async fn answered(
     if ends || matches!(order, Order::Window { .. }) {
         hook.window.store(0, Ordering::SeqCst);
     }
-    let (name, begins) = (&hook.name, order == Order::Activate);
+    let name = &hook.name;
     let answer = match report {
         Report::Error(why) => Err(format!("workload {name}, {order}: {why}")),
         Report::Digest(_) if matches!(order, Order::Digest { .. }) => Ok(report),
@@ -477,8 +516,11 @@ async fn answered(
     if let (Ok(_), Some(state)) = (&answer, becomes) {
         hook.set_state(state);
     }
-    if begins {
+    if order == Order::Activate {
         hook.begins(answer.is_ok());
+    }
+    if begins(&order) {
+        hook.beginning.fetch_sub(1, Ordering::SeqCst);
     }
     match (reply, answer) {
         // Who asked may have given up waiting.

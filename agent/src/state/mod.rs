@@ -71,6 +71,8 @@ struct Inner {
     plan: Option<Plan>,
     /// This kernel has said that it does not take over in this morph.
     ruled_out: Option<u64>,
+    /// It has taken over in this morph, and all that came to it served.
+    served: Option<u64>,
     /// A morph was undone, so a workload that stands still has not heard of that.
     goes_on: bool,
     /// Workloads were throttled, and not told since that this is over.

@@ -131,9 +131,13 @@ async fn all_in_time(hooks: Vec<Arc<Hook>>, order: Order) -> Result<(), String> 
 /// A workload that is lost has lost what it was given.
 fn lost(plan: &Plan) -> Result<(), String> {
     match plan.hooks().into_iter().find(|h| h.is_gone()) {
-        Some(hook) => Err(format!("workload {} is lost, and what it was given with it", hook.name)),
+        Some(hook) => Err(is_lost(&hook)),
         None => Ok(()),
     }
+}
+
+fn is_lost(hook: &Hook) -> String {
+    format!("workload {} is lost, and what it was given with it", hook.name)
 }
 
 fn offered(hook: &Hook, section: &Own) -> Section {
@@ -151,6 +155,7 @@ impl Broker {
         let mut plan = Plan { morph: m.morph, sections: vec![] };
         let mut sections = vec![];
         for hook in self.hooks().into_iter().filter(|h| matches!(h.state(), State::Active | State::Frozen)) {
+            hook.outdate_window();
             for section in &hook.sections {
                 sections.push(offered(&hook, section));
                 plan.sections.push((hook.clone(), section.name.clone()));
@@ -168,7 +173,10 @@ impl Broker {
             came.mark_unchanged();
             match self.match_up(&m.sections) {
                 Ok(sections) => {
-                    sections.iter().for_each(|(hook, _)| hook.forgets());
+                    for (hook, _) in &sections {
+                        hook.forgets();
+                        hook.outdate_window();
+                    }
                     self.lock().plan = Some(Plan { morph: m.morph, sections });
                     break Ok(String::new());
                 }
@@ -287,6 +295,9 @@ impl Broker {
             true => all_in_time(self.in_state(&[State::New]), Order::Activate).await,
             false => ready,
         };
+        if took_over && served.is_ok() {
+            self.lock().served = Some(m.morph);
+        }
         // Who takes over by itself has compared them.
         let says = m.freeze && !m.takes_over && served.is_ok();
         let digests = says.then(|| MorphValidate { morph: m.morph, digests, reply: None });
@@ -343,6 +354,33 @@ impl Broker {
         !serves
     }
 
+    /// This kernel has taken over: whether the workloads that were given their state serve, or have served. Those that are
+    /// beginning are waited for.
+    async fn all_serve(&self, morph: u64) -> Result<(), String> {
+        if self.lock().served == Some(morph) {
+            return Ok(());
+        }
+        let active = self.in_state(&[State::Active]);
+        let beginning = match self.plan(morph) {
+            Ok(plan) => {
+                let came_back = |h: &Hook| active.iter().any(|a| a.name == h.name);
+                let mut hooks = plan.hooks();
+                hooks.retain(|h| !(h.is_gone() && came_back(h)));
+                if let Some(hook) = hooks.iter().find(|h| h.is_gone()) {
+                    return Err(is_lost(hook));
+                }
+                hooks.retain(|h| h.state() == State::New);
+                hooks
+            }
+            // Nobody remembers which were: those that serve were.
+            Err(_) if !active.is_empty() => return Ok(()),
+            Err(_) => self.in_state(&[State::New]),
+        };
+        all_in_time(beginning, Order::Activate).await?;
+        self.lock().served = Some(morph);
+        Ok(())
+    }
+
     /// Say what everything here has come to.
     async fn validate(&self, m: MorphValidate) -> MorphValidate {
         let own = async { all_digests(ask_digests(&self.plan(m.morph)?).await?).await };
@@ -361,7 +399,11 @@ impl Broker {
         let done = if m.serves {
             self.set(Stage::Serves);
             let begun = all_in_time(self.in_state(&[State::New]), Order::Activate).await;
-            begun.and_then(|()| self.plan(m.morph).map_or(Ok(()), |plan| lost(&plan)))
+            let whole = begun.and_then(|()| self.plan(m.morph).map_or(Ok(()), |plan| lost(&plan)));
+            if whole.is_ok() {
+                self.lock().served = Some(m.morph);
+            }
+            whole
         } else {
             {
                 let mut inner = self.lock();
@@ -387,8 +429,7 @@ impl Broker {
             all_in_time(self.in_state(&[State::Active, State::Frozen]), Order::Thaw).await
         } else {
             if !self.rule_out(m.morph).await {
-                // Those that are beginning still are waited for: this kernel has taken over when all of them serve.
-                let serve = all_in_time(self.in_state(&[State::New]), Order::Activate).await;
+                let serve = self.all_serve(m.morph).await;
                 return MorphRollback { took_over: true, reply: reply(serve.map(|()| String::new())), ..m };
             }
             all_in_time(self.in_state(&[State::New]), Order::Discard).await

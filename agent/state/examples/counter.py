@@ -68,6 +68,7 @@ class Counter:
         self.state = "new"
         self.count = 0
         self.sessions = {}
+        self.latest = {}  # connections of sessions that wait for their turn, the last that came of each
         self.exported = None  # the state as the agent has it
         self.arriving = bytearray()  # the state as it comes from the kernel before
         self.changes = 0  # times requests were taken
@@ -220,10 +221,15 @@ class Counter:
             raise ValueError("not the greeting of a session")
         number = values["id"]
         with self.changed:
+            self.latest[number] = connection
             if values["resume"] == "1" and number in self.sessions:
                 # It is waited for from here on.
                 self.sessions[number].carrier = connection
             self.wait_until_active()
+            if self.latest.get(number) is not connection:
+                # Its client has another one since, which may have had its turn already.
+                return
+            del self.latest[number]
             if values["resume"] == "0":
                 self.sessions[number] = Session()
             session = self.sessions.get(number)

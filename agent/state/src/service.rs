@@ -32,7 +32,8 @@ pub trait App: Send + 'static {
     fn layout(&self) -> (&'static str, u32);
 
     /// Take whole requests off the front of `input`, change the memory, append the answers to `answers`. Returns how
-    /// many bytes were taken; the others come again, with more behind them. An error ends the session.
+    /// many bytes were taken; the others come again, with more behind them. Answers to nothing are dropped. An error ends the
+    /// session.
     ///
     /// Everything the next request depends on is in the memory: the service may go on in another kernel after any
     /// return.
@@ -347,7 +348,11 @@ impl<A: App> Inner<A> {
             }
             let (rest, before) = (input.get(taken..).unwrap_or_default(), answers.len());
             match app.take(memory, rest, answers) {
-                Ok(0) => break,
+                // Nothing was taken, so nothing is answered: it comes again.
+                Ok(0) => {
+                    answers.truncate(before);
+                    break;
+                }
                 Ok(n) if n <= rest.len() => {
                     // It counts before the next one, which may fail.
                     taken += n;

@@ -367,7 +367,9 @@ impl Recovery {
             self.finish(Phase::Stopped.name(), format!("it could not be started: {text}"), false, out);
             out.push(Action::Settled(outcome));
         } else if self.too_often(now) {
-            self.fail(format!("it could not be started: {text}"), out);
+            // Its CPUs are in the pool, for a start that does not come.
+            (self.goal, self.why) = (Goal::GiveUp, format!("it could not be started: {text}"));
+            self.take_back(&format!("it failed {} times", self.restarts.len()), out);
         } else if self.grouped && !self.maintenance {
             self.hold(format!("it could not be started: {text}"), out);
         } else {

@@ -177,6 +177,19 @@ fn a_whole_recovery() {
 }
 
 #[test]
+fn cpus_of_a_start_that_never_comes_go_back() {
+    let policy = Policy { restart_intensity: 1, ..Policy::default() };
+    let run = play(policy, &[0, 4, 6, 3, 7, 12, 5, 12]);
+    assert!(
+        run.ends_with(
+            "RECLAIMING_RESOURCES reclaim(false) | RESTARTING boot | RECLAIMING_RESOURCES reclaim(true) | \
+             DEGRADED(false) alert =Degraded"
+        ),
+        "{run}"
+    );
+}
+
+#[test]
 fn a_standby_takes_over_after_the_fence() {
     let run = |more: &[usize]| play(Policy::default(), &[&[0, 4, 6, 22, 3], more].concat());
     assert!(run(&[7, 24, 6]).ends_with(

@@ -49,6 +49,8 @@ impl InstanceActorState {
             InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
             InstanceMsg::Timer { timer, round } => self.timer(timer, round),
+            // A wish has to wait until it is known what there is. What is set now is set in whatever becomes of it.
+            wish if self.machine.is_none() && wish.can_wait() => self.deferred.push(wish),
             InstanceMsg::SetPolicy { policy, overrides, reply } => {
                 self.set_policy(policy, overrides);
                 if let Some(reply) = reply {
@@ -64,14 +66,8 @@ impl InstanceActorState {
             InstanceMsg::StandAside(limit) => self.stand_aside(limit),
             InstanceMsg::Unite => self.unite(),
             InstanceMsg::Recalled { epoch, found } if epoch == self.epoch => self.recalled(*found),
-            // A wish has to wait until it is known what there is.
-            wish if self.machine.is_none() => match wish {
-                InstanceMsg::Spawn { .. }
-                | InstanceMsg::Terminate { .. }
-                | InstanceMsg::Recover { .. }
-                | InstanceMsg::Group(_) => self.deferred.push(wish),
-                _ => {}
-            },
+            // Everything else is of a kernel that is not known.
+            _ if self.machine.is_none() => {}
             InstanceMsg::Spawn { plan, wait, reply } => self.spawn(*plan, wait, reply),
             InstanceMsg::Terminate { force, reply } => self.terminate(force, reply),
             InstanceMsg::Group(order) => self.group(order),
@@ -612,7 +608,10 @@ impl InstanceActorState {
         self.machine = Some(machine);
         self.find_standby();
         self.carry_out(actions);
-        self.stand(true);
+        // An order of its group that waits is answered by where it stands then.
+        if !self.deferred.iter().any(|wish| matches!(wish, InstanceMsg::Group(_))) {
+            self.stand(true);
+        }
         if self.machine.as_ref().is_some_and(|m| m.phase() == Phase::Stopped) {
             self.side_stopped();
         }

@@ -221,6 +221,21 @@ pub(crate) enum InstanceMsg {
     Panic,
 }
 
+impl InstanceMsg {
+    /// Whether it is something to do, or to set, that means as much later.
+    fn can_wait(&self) -> bool {
+        matches!(
+            self,
+            InstanceMsg::Spawn { .. }
+                | InstanceMsg::Terminate { .. }
+                | InstanceMsg::Recover { .. }
+                | InstanceMsg::SetPolicy { .. }
+                | InstanceMsg::Maintenance { .. }
+                | InstanceMsg::Group(_)
+        )
+    }
+}
+
 /// What a group wants of a member.
 #[derive(Clone, Debug)]
 pub(crate) enum GroupOrder {

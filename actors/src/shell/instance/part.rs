@@ -83,6 +83,13 @@ impl InstanceActorState {
         };
         let switch = &self.args.env.switch;
         let group = || self.args.env.group_of(&i.name);
+        // The other kernel may serve them already: that is for the morph to say.
+        if i.is_handed_over() {
+            if !switch.has(&i.name) {
+                switch.route(&i.name, group, &publish, Route::Held);
+            }
+            return;
+        }
         match machine.phase() {
             Phase::Stopped => switch.close(&i.name),
             // Its workload was told to serve.

@@ -27,8 +27,8 @@ pub(super) struct Hand {
     pub(super) parted: Option<Parted>,
     /// The new kernel has taken over by itself: there is no way back.
     pub(super) taken: bool,
-    /// The new kernel's actor did not stand aside for the record.
-    pub(super) new_refused: bool,
+    /// The new kernel's actor does not stand aside for the record since then.
+    pub(super) new_refuses: Option<Instant>,
     /// It has, and does not serve; why.
     pub(super) stuck: Option<String>,
     /// The workload stands still since then, and what came after that.

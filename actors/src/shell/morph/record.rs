@@ -1,6 +1,6 @@
 //! The commit record, which says which kernel an instance is, and the record that gives it back.
 
-use kmorph_control::views::RecoveryStep;
+use kmorph_control::views::{InstanceState, RecoveryStep};
 use kmorph_platform::Growth;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::error;
@@ -21,25 +21,36 @@ use crate::store::{InstanceRecord, MorphRecord, Role};
 pub(super) async fn part(args: &MorphArgs, side: &Instance) -> Result<Parted, Refused> {
     let mut parted: Vec<InstanceRecord> = vec![];
     for (instance, new) in [(side, true), (&*args.instance, false)] {
-        let answer = ask(instance, InstanceMsg::Part).await;
-        match answer.unwrap_or_else(|| Err(format!("{}: its actor does not answer", instance.name))) {
-            Ok(record) => parted.push(record),
-            Err(why) => {
-                unite(args, side);
-                return Err(Refused { new, why });
+        let (by, why) = match ask(instance, InstanceMsg::Part).await {
+            Some(Ok(record)) => {
+                parted.push(record);
+                continue;
             }
-        }
+            Some(Err(why)) if new => (Refuses::New, why),
+            Some(Err(why)) => (Refuses::Old, why),
+            None => (Refuses::Nobody, format!("{}: its actor does not answer", instance.name)),
+        };
+        unite(args, side);
+        return Err(Refused { by, why });
     }
     match <[InstanceRecord; 2]>::try_from(parted) {
         Ok([new, old]) => Ok(Parted { old, new }),
-        Err(_) => Err(Refused { new: false, why: "their actors do not answer".into() }),
+        Err(_) => Err(Refused { by: Refuses::Nobody, why: "their actors do not answer".into() }),
     }
+}
+
+/// Whose actor does not stand aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refuses {
+    New,
+    Old,
+    /// One does not answer, which says nothing of its kernel.
+    Nobody,
 }
 
 /// An actor does not stand aside.
 pub(super) struct Refused {
-    /// That of the new kernel.
-    new: bool,
+    by: Refuses,
     why: String,
 }
 
@@ -76,12 +87,16 @@ pub(super) async fn record(args: &MorphArgs, hand: &mut Hand) -> (Event, String)
         None => match part(args, &side).await {
             Ok(parted) => parted,
             Err(refused) => {
-                hand.new_refused = refused.new;
+                match refused.by {
+                    Refuses::New => drop(hand.new_refuses.get_or_insert_with(Instant::now)),
+                    Refuses::Old => hand.new_refuses = None,
+                    Refuses::Nobody => {}
+                }
                 return not(refused.why);
             }
         },
     };
-    hand.new_refused = false;
+    hand.new_refuses = None;
     let Parted { old, new } = &parted;
     let Some(morph) = old.morph.clone() else {
         unite(hand, None, &side);
@@ -152,20 +167,37 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
             said = why;
         }
         let Ok(side) = sides(args) else { return Ok((Event::Withdrawn, String::new())) };
-        // Its actor does not stand aside for it: it does not run any more.
-        if hand.new_refused && began.elapsed() > args.env.config.effect_limit {
+        let limit = args.env.config.effect_limit;
+        // Its actor does not stand aside for it, all this time: it does not run any more.
+        if hand.new_refuses.is_some_and(|since| since.elapsed() > limit) {
             let r = side.record().clone();
             if stop(args, Target { id: r.spec.id, incarnation: r.incarnation }).await.is_ok() {
                 return Ok((Event::Withdrawn, String::new()));
             }
         }
         for instance in [&*args.instance, &*side] {
-            instance.link.send(InstanceMsg::StandAside(args.env.config.effect_limit));
+            instance.link.send(InstanceMsg::StandAside(limit));
         }
-        // What takes that long an operator has to end: the kernel that serves is watched meanwhile.
-        let late = hand.parted.is_none() && began.elapsed() > args.env.config.effect_limit;
-        sleep(if late { LOOK_AGAIN * 50 } else { LOOK_AGAIN }).await;
+        sleep(LOOK_AGAIN).await;
+        // What takes that long an operator has to end. A kernel that stands aside is not watched: the one that serves is not
+        // asked to before the other one would.
+        while hand.parted.is_none()
+            && began.elapsed() > limit
+            && runs(&side).await
+            && !runs(&args.instance).await
+        {
+            hand.new_refuses = None;
+            sleep(LOOK_AGAIN * 50).await;
+        }
     }
+}
+
+/// Whether its kernel is seen to run and nothing is done about it.
+pub(super) async fn runs(instance: &Instance) -> bool {
+    matches!(
+        ask(instance, InstanceMsg::View).await.map(|v| v.state),
+        Some(InstanceState::Healthy | InstanceState::Suspect | InstanceState::AgentSilent)
+    )
 }
 
 fn step(morph: &MorphRecord, instance: &str, incarnation: u64, phase: Phase, detail: String) -> RecoveryStep {

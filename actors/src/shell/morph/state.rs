@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 
 use super::hand::{Hand, Parted};
 use super::lines::{Copied, Line, Lines, Trouble};
-use super::record::{hand_over, part, unite};
+use super::record::{hand_over, part, runs, unite};
 use super::work::{LOOK_AGAIN, Worked, ask, bytes, healthy, persist, sides};
 use super::{MorphArgs, window};
 use crate::core::morph::{Event, Round};
@@ -230,7 +230,7 @@ pub(super) async fn withdraw(args: &MorphArgs, hand: &mut Hand) -> Worked {
                 let asked =
                     async { Line::open(&args.env, &side).await?.withdraw(m.number, &m.saved.why).await };
                 match asked.await {
-                    Err(Trouble::Lost(_)) if again => sleep(LOOK_AGAIN).await,
+                    Err(Trouble::Lost(_)) if again && runs(&side).await => sleep(LOOK_AGAIN).await,
                     answer => break answer,
                 }
             }

@@ -256,11 +256,14 @@ async fn old_stopped(args: &MorphArgs) -> String {
 async fn undo(args: &MorphArgs, hand: &mut Hand) -> Worked {
     args.env.switch.unpark(&args.instance.name);
     let Some(m) = args.instance.record().morph.clone() else { return Ok((Event::Undone, String::new())) };
+    if let Some(m) = &mut args.instance.record().morph {
+        m.handed_over = false;
+    }
     // Whoever stands aside goes on as what it was.
     for instance in std::iter::once(args.instance.clone()).chain(args.env.directory.get(&m.side)) {
         instance.link.send(InstanceMsg::Unite);
     }
-    (hand.parted, hand.stuck) = (None, None);
+    (hand.parted, hand.stuck, hand.new_refuses) = (None, None, None);
     if std::mem::take(&mut hand.taken) {
         // Clients were sent to a kernel that is lost.
         args.env.switch.redirect(&args.instance.name, state::kernel_of(&args.instance));

@@ -124,7 +124,8 @@ where
         if carried.is_over() {
             // One that is gone already needs no end.
             let _ = client_writer.shutdown().await;
-            drop(going);
+            // It counts no more, neither here nor with a kernel.
+            drop((going, now, next));
             // Closed with something unread, TCP takes back what the client has not read yet.
             let mut nowhere = tokio::io::sink();
             let _ = timeout(LINGER, tokio::io::copy(&mut client_reader, &mut nowhere)).await;

@@ -179,6 +179,11 @@ impl Switch {
         lock(&self.entries).get(instance).map(|e| e.shared.clone())
     }
 
+    /// Whether it has listeners.
+    pub(crate) fn has(&self, instance: &str) -> bool {
+        lock(&self.entries).contains_key(instance)
+    }
+
     fn entry(&self, instance: &str, entry: Entry) {
         let before = lock(&self.entries).insert(instance.to_owned(), entry);
         self.retire(instance, before);

@@ -24,6 +24,8 @@ const PERIOD: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub enum Next {
     Fail(&'static str),
+    /// It takes this long.
+    Late(Duration),
     /// A fence that leaves this CPU running.
     Partial(u32),
     /// It does not return before the gate is opened.
@@ -221,6 +223,10 @@ impl Fake {
         match next {
             Some(Next::Block(gate)) => {
                 gate.notified().await;
+                None
+            }
+            Some(Next::Late(time)) => {
+                tokio::time::sleep(time).await;
                 None
             }
             Some(Next::Panic | Next::Die) => panic!("scripted panic in {kind}"),

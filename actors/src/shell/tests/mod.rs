@@ -81,6 +81,8 @@ struct TestStore {
     refused: std::sync::atomic::AtomicBool,
     /// The next save waits for it.
     gate: std::sync::Mutex<Option<Arc<tokio::sync::Notify>>>,
+    /// The next decision waits for it.
+    decides: std::sync::Mutex<Option<Arc<tokio::sync::Notify>>>,
 }
 
 impl TestStore {
@@ -135,6 +137,10 @@ impl Store for TestStore {
         self.check()?;
         if self.refused.swap(false, std::sync::atomic::Ordering::SeqCst) {
             return Err(StoreError("disk full".into()));
+        }
+        let gate = self.decides.lock().unwrap().take();
+        if let Some(gate) = gate {
+            gate.notified().await;
         }
         self.memory.decide(records, steps).await?;
         self.steps.send_modify(|s| s.extend_from_slice(steps));

@@ -187,6 +187,8 @@ async fn a_kernel_that_took_over_serves_on_while_nobody_heals_the_old_one() {
     until_it_serves(&w).await;
     w.tree.kill_for_test();
     w.fake.panic_unseen(1);
+    // An actor that looks what runs does not answer meanwhile: that says nothing of its kernel.
+    w.fake.script("existing", &vec![Next::Late(30 * MS); 5000]);
     let w = again(w).await;
     w.pass(Duration::from_secs(300)).await;
     assert_eq!((w.fake.workloads.serving(), w.fake.count("fence 511")), (vec![511], 0));
@@ -195,6 +197,33 @@ async fn a_kernel_that_took_over_serves_on_while_nobody_heals_the_old_one() {
     at_rest(&w, 511).await;
     served(&w, 511).await;
     assert_eq!(w.fake.workloads.count(511), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_operators_set_while_it_is_written_down_is_set_in_the_new_kernel_only() {
+    let (w, gate) = took_over_unheard().await;
+    let written = Arc::new(tokio::sync::Notify::new());
+    let sets = async {
+        served(&w, 511).await;
+        *w.store.decides.lock().unwrap() = Some(written.clone());
+        gate.notify_one();
+        w.pass(Duration::from_secs(2)).await;
+        let set = w.tree.policy_set("web", Key::FenceTries, Some("7"));
+        let ends = async {
+            w.pass(MS).await;
+            // Nothing of the old kernel may be written behind the commit record.
+            let records = w.store.load_instances().await.unwrap();
+            let old = records.iter().find(|r| r.spec.name == "web").unwrap();
+            assert_eq!((old.spec.id, old.policy.fence_tries), (InstanceId(1), Policy::default().fence_tries));
+            written.notify_one();
+        };
+        tokio::join!(set, ends).0.map(drop)
+    };
+    let (ended, set) = tokio::join!(w.tree.morph(to(MorphGoal::Commit)), sets);
+    assert_eq!(ended.unwrap().committed, Some(true));
+    set.unwrap();
+    at_rest(&w, 511).await;
+    assert_eq!(w.tree.policy_of("web").await.unwrap().fence_tries, 7);
 }
 
 #[tokio::test(start_paused = true)]

@@ -221,6 +221,7 @@ impl Workloads {
             Some(Next::Block(gate)) => gate.notified().await,
             Some(Next::Partial(_)) => partial = true,
             Some(Next::Unanswered(gate)) => lost = Some(gate),
+            Some(Next::Late(time)) => tokio::time::sleep(time).await,
             Some(Next::Panic) | None => {}
         }
         if let Message::MorphTransferState(m) = &message

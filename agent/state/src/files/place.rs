@@ -112,6 +112,18 @@ fn beside(path: &Path) -> Result<PathBuf, String> {
     Ok(path.with_file_name(format!(".{}.kmorph-{process}-{number}", name.to_string_lossy())))
 }
 
+/// Processes of other namespaces can have the same number as this one: a name that is taken is left alone.
+fn create_beside(path: &Path) -> Result<(File, PathBuf), String> {
+    loop {
+        let beside = beside(path)?;
+        match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&beside) {
+            Ok(file) => return Ok((file, beside)),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(format!("{}: {e}", beside.display())),
+        }
+    }
+}
+
 fn rename(from: &Path, to: &Path) -> Result<(), String> {
     fs::rename(from, to).map_err(|e| format!("{} to {}: {e}", from.display(), to.display()))
 }
@@ -137,15 +149,7 @@ impl Stage {
     pub(super) fn new(meta: &Meta) -> Result<Stage, String> {
         let (name, seals) = match &meta.kind {
             Kind::Along(path) => {
-                let beside = beside(path)?;
-                let open = OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .mode(0o600)
-                    .open(&beside);
-                let file = open.map_err(|e| format!("{}: {e}", beside.display()))?;
+                let (file, beside) = create_beside(path)?;
                 return Ok(Stage { file, moves: Some((beside, path.clone())), seals: 0 });
             }
             Kind::There(path) => {

@@ -142,7 +142,13 @@ impl Sim {
         let tree = daemon(&machine, &disk, seed, standbys, instances).await;
         let sim = Sim { seed, dice, machine, disk, tree, instances, standbys, daemons: 1 };
         let start = |id| sim.tree.spawn(args(&format!("i{id}")));
-        for view in join_all((1..=instances).map(start)).await {
+        let mut started = join_all((1..=instances).map(start));
+        // Definitions are read by another thread. What goes on first must not depend on how fast that is.
+        assert!(futures::poll!(&mut started).is_pending());
+        let (read, all_read) = std::sync::mpsc::channel();
+        drop(tokio::task::spawn_blocking(move || read.send(())));
+        all_read.recv().unwrap();
+        for view in started.await {
             view.unwrap();
         }
         sim
