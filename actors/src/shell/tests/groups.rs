@@ -301,3 +301,31 @@ async fn a_member_that_stands_aside_in_a_morph_is_stopped_with_its_group_when_it
         w.shows(name, InstanceState::Healthy).await;
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_stands_aside_while_what_it_depends_on_is_given_up_is_not_started_again() {
+    let w = world_with(shop(Strategy::RestForOne, 3)).await;
+    w.fake.workloads.switch_on();
+    for name in ["db", "web", "i3"] {
+        w.up(name).await;
+    }
+    let gate = Arc::new(tokio::sync::Notify::new());
+    w.fake.workloads.script("1 FREEZE", Next::Block(gate.clone()));
+    let fails = async {
+        let limit = Instant::now() + PATIENCE;
+        while !w.fake.workloads.log().iter().any(|l| l == "1 FREEZE") {
+            assert!(Instant::now() < limit, "nothing is frozen");
+            w.pass(MS).await;
+        }
+        w.fake.script("fence", &[Next::Partial(3), Next::Partial(3), Next::Partial(3)]);
+        w.fake.panic(2, "sysrq").await;
+        w.shows("db", InstanceState::PartialFence).await;
+        w.pass(MS).await;
+        gate.notify_one();
+    };
+    let (_, ()) = tokio::join!(w.tree.morph(super::morphs::to(MorphGoal::Commit)), fails);
+    w.shows("web", InstanceState::Degraded).await;
+    w.pass(Duration::from_secs(60)).await;
+    let after = w.tree.status("web").await.unwrap();
+    assert_eq!((after.state, w.fake.running(after.id)), (InstanceState::Degraded, None), "{after:?}");
+}
