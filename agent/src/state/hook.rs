@@ -194,8 +194,9 @@ impl Hook {
         if matches!(order, Order::Take { .. }) {
             self.given.store(true, Ordering::SeqCst);
         }
+        let room = self.jobs.reserve().await.map_err(|_| self.lost())?;
         self.count(&order);
-        self.jobs.send(Job::Order(order, Some(reply))).await.map_err(|_| self.lost())?;
+        room.send(Job::Order(order, Some(reply)));
         Ok(Answer { answer, lost: self.lost() })
     }
 

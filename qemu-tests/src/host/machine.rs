@@ -83,6 +83,15 @@ fn registers(monitor: &Path, cpus: u32) -> Result<String> {
     }
 }
 
+/// Of that, where each CPU was and which interrupts waited.
+fn brief(registers: &str) -> String {
+    let tells = |line: &&str| {
+        ["CPU#", "RIP=", "ISR", "IRR", "Timer", "dumping local APIC"].iter().any(|t| line.starts_with(t))
+    };
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    registers.lines().filter(tells).map(words).collect::<Vec<_>>().join(" / ")
+}
+
 /// Boot, show, and judge.
 pub fn run(
     cache: &Cache,
@@ -127,6 +136,7 @@ pub fn run(
     let until = Instant::now() + s.limit;
     let mut verdict: Option<Result<()>> = None;
     let mut emulator_crash = false;
+    let mut stuck: Option<String> = None;
     let mut tail = std::collections::VecDeque::new();
     loop {
         let left = until.saturating_duration_since(Instant::now());
@@ -144,6 +154,7 @@ pub fn run(
                     // What hung kernels do can be seen only from outside, and only now.
                     let seen = registers(&monitor, spec.cpus).unwrap_or_else(|e| e);
                     writeln!(file, "{line}\n{seen}").context("write the log")?;
+                    stuck = Some(format!("{}: {}", line.replace(STUCK, ""), brief(&seen)));
                     continue;
                 } else if let Some(at) = line.find(STORY) {
                     println!("{}", &line[at + STORY.len()..]);
@@ -168,8 +179,12 @@ pub fn run(
     )?;
     drop(lines);
     reader.join().map_err(|_| "the reader of QEMU's output failed".to_string())?;
+    let result = verdict.unwrap_or_else(|| Err("the machine ended without a verdict".into()));
     Ok(Run {
-        result: verdict.unwrap_or_else(|| Err("the machine ended without a verdict".into())),
+        result: result.map_err(|why| match stuck {
+            Some(seen) => format!("{why}; what took long before, and where the CPUs were: {seen}"),
+            None => why,
+        }),
         log,
         tail: tail.into_iter().collect::<Vec<_>>().join("\n"),
         emulator_crash,

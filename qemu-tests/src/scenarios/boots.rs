@@ -32,7 +32,8 @@ fn guest(g: &Guest) -> Result<()> {
         if done.code == 0 {
             let says = g.tool(3, "release")?;
             g.check(says.ends_with(" 0-1"), || format!("not both CPUs run: {says}"))?;
-            g.command("kmorphctl", &["terminate", "pair"])?;
+            let ended = g.command("kmorphctl", &["terminate", "pair"])?;
+            g.check(ended.code == 0, || ended.err)?;
         } else if done.err.contains(EMULATOR) {
             emulator += 1;
         } else {
@@ -46,6 +47,7 @@ fn guest(g: &Guest) -> Result<()> {
         }
     }
     g.check(others.is_empty(), || others.join("\n"))?;
+    g.check(emulator < STARTS / 4, || format!("the emulator ended {emulator} of {STARTS} starts"))?;
     g.check(g.online()? == "0-3", || "not all CPUs are back".into())?;
     g.ctl(&["daemon", "stop"])?;
     g.kernel_is_clean()

@@ -49,8 +49,8 @@ impl InstanceActorState {
             InstanceMsg::Done { epoch, done } if epoch == self.epoch => self.done(done),
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
             InstanceMsg::Timer { timer, round } => self.timer(timer, round),
-            // A wish has to wait until it is known what there is. What is set now is set in whatever becomes of it.
-            wish if self.machine.is_none() && wish.can_wait() => self.deferred.push(wish),
+            // A wish has to wait until it is known what there is.
+            wish if self.machine.is_none() && wish.can_wait(self.parted) => self.put_off(wish),
             InstanceMsg::SetPolicy { policy, overrides, reply } => {
                 self.set_policy(policy, overrides);
                 if let Some(reply) = reply {
@@ -599,7 +599,7 @@ impl InstanceActorState {
     fn begin(&mut self, found: Found) {
         let (policy, saved, maintenance) = {
             let r = self.args.instance.record();
-            (r.policy, r.saved, r.maintenance)
+            (r.policy, r.saved, self.maintained().unwrap_or(r.maintenance))
         };
         let grouped = self.args.env.group_of(&self.args.instance.name).is_some();
         let duties = Duties { maintenance, grouped };

@@ -222,17 +222,16 @@ pub(crate) enum InstanceMsg {
 }
 
 impl InstanceMsg {
-    /// Whether it is something to do, or to set, that means as much later.
-    fn can_wait(&self) -> bool {
-        matches!(
-            self,
+    /// Whether it means as much later. What is set of an instance that stands aside has to be set in whatever becomes of it.
+    fn can_wait(&self, parted: bool) -> bool {
+        match self {
             InstanceMsg::Spawn { .. }
-                | InstanceMsg::Terminate { .. }
-                | InstanceMsg::Recover { .. }
-                | InstanceMsg::SetPolicy { .. }
-                | InstanceMsg::Maintenance { .. }
-                | InstanceMsg::Group(_)
-        )
+            | InstanceMsg::Terminate { .. }
+            | InstanceMsg::Recover { .. }
+            | InstanceMsg::Group(_) => true,
+            InstanceMsg::SetPolicy { .. } | InstanceMsg::Maintenance { .. } => parted,
+            _ => false,
+        }
     }
 }
 

@@ -144,6 +144,25 @@ impl InstanceActorState {
         self.answer(Answer::Parted(reply, record));
     }
 
+    /// Carry it out when it is known what there is.
+    pub(super) fn put_off(&mut self, wish: InstanceMsg) {
+        if let InstanceMsg::SetPolicy { policy, overrides, .. } = &wish {
+            // It has in it what was set before: the next one has this.
+            let mut r = self.args.instance.record();
+            r.policy = *policy;
+            r.overrides.clone_from(overrides);
+        }
+        self.deferred.push(wish);
+    }
+
+    /// What was said last of maintenance, and waits.
+    pub(super) fn maintained(&self) -> Option<bool> {
+        self.deferred.iter().rev().find_map(|wish| match wish {
+            InstanceMsg::Maintenance { on, .. } => Some(*on),
+            _ => None,
+        })
+    }
+
     /// Go on as what is remembered says: as the same kernel, or as another.
     pub(super) fn unite(&mut self) {
         if !std::mem::take(&mut self.parted) {

@@ -1,12 +1,12 @@
 //! The commit record, which says which kernel an instance is, and the record that gives it back.
 
-use kmorph_control::views::{InstanceState, RecoveryStep};
+use kmorph_control::views::RecoveryStep;
 use kmorph_platform::Growth;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::error;
 
 use super::hand::{Hand, Parted};
-use super::state::stop;
+use super::state::{kernel_of, stop};
 use super::work::{LOOK_AGAIN, Worked, ask, sides};
 use super::{MorphArgs, side};
 use crate::core::morph::{Event, Phase, Saved};
@@ -178,13 +178,16 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
         for instance in [&*args.instance, &*side] {
             instance.link.send(InstanceMsg::StandAside(limit));
         }
+        // Clients are not sent anywhere else meanwhile.
+        args.env.switch.redirect(&args.instance.name, kernel_of(&side));
         sleep(LOOK_AGAIN).await;
         // What takes that long an operator has to end. A kernel that stands aside is not watched: the one that serves is not
         // asked to before the other one would.
         while hand.parted.is_none()
             && began.elapsed() > limit
-            && runs(&side).await
-            && !runs(&args.instance).await
+            && sides(args).is_ok()
+            && runs(&side)
+            && !runs(&args.instance)
         {
             hand.new_refuses = None;
             sleep(LOOK_AGAIN * 50).await;
@@ -192,12 +195,9 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
     }
 }
 
-/// Whether its kernel is seen to run and nothing is done about it.
-pub(super) async fn runs(instance: &Instance) -> bool {
-    matches!(
-        ask(instance, InstanceMsg::View).await.map(|v| v.state),
-        Some(InstanceState::Healthy | InstanceState::Suspect | InstanceState::AgentSilent)
-    )
+/// Whether its kernel runs, as far as is remembered, and nothing is done about it. Its actor may just be looking.
+pub(super) fn runs(instance: &Instance) -> bool {
+    instance.record().saved.phase == recovery::Phase::Monitoring
 }
 
 fn step(morph: &MorphRecord, instance: &str, incarnation: u64, phase: Phase, detail: String) -> RecoveryStep {

@@ -230,7 +230,7 @@ pub(super) async fn withdraw(args: &MorphArgs, hand: &mut Hand) -> Worked {
                 let asked =
                     async { Line::open(&args.env, &side).await?.withdraw(m.number, &m.saved.why).await };
                 match asked.await {
-                    Err(Trouble::Lost(_)) if again && runs(&side).await => sleep(LOOK_AGAIN).await,
+                    Err(Trouble::Lost(_)) if again && runs(&side) => sleep(LOOK_AGAIN).await,
                     answer => break answer,
                 }
             }
@@ -400,7 +400,12 @@ pub(super) async fn thaw(args: &MorphArgs, hand: &mut Hand, m: &MorphRecord) -> 
         // A kernel that is dead is started anew by its recovery, and its workload with it.
         let lives = matches!(
             ask(&args.instance, InstanceMsg::View).await.map(|v| v.state),
-            Some(InstanceState::Healthy | InstanceState::Suspect | InstanceState::AgentSilent) | None
+            None | Some(
+                InstanceState::Healthy
+                    | InstanceState::Suspect
+                    | InstanceState::AgentSilent
+                    | InstanceState::Starting
+            )
         );
         if !lives {
             return Ok(());

@@ -192,6 +192,13 @@ async fn a_kernel_that_took_over_serves_on_while_nobody_heals_the_old_one() {
     let w = again(w).await;
     w.pass(Duration::from_secs(300)).await;
     assert_eq!((w.fake.workloads.serving(), w.fake.count("fence 511")), (vec![511], 0));
+    // It is watched, and not asked to stand aside again and again.
+    let looks = w.fake.count("existing");
+    for _ in 0..100 {
+        w.pass(Duration::from_secs(1)).await;
+        assert_eq!(w.tree.status("web~morph").await.unwrap().state, InstanceState::Healthy);
+    }
+    assert_eq!(w.fake.count("existing"), looks);
     // An operator who has the old one started anew ends it.
     w.tree.recover("web").await.unwrap();
     at_rest(&w, 511).await;
@@ -208,9 +215,17 @@ async fn what_operators_set_while_it_is_written_down_is_set_in_the_new_kernel_on
         *w.store.decides.lock().unwrap() = Some(written.clone());
         gate.notify_one();
         w.pass(Duration::from_secs(2)).await;
-        let set = w.tree.policy_set("web", Key::FenceTries, Some("7"));
+        let set = async {
+            let first = w.tree.policy_set("web", Key::FenceTries, Some("7"));
+            let second = async {
+                w.pass(MS).await;
+                w.tree.policy_set("web", Key::RestartIntensity, Some("8")).await
+            };
+            let (first, second) = tokio::join!(first, second);
+            first.and(second)
+        };
         let ends = async {
-            w.pass(MS).await;
+            w.pass(10 * MS).await;
             // Nothing of the old kernel may be written behind the commit record.
             let records = w.store.load_instances().await.unwrap();
             let old = records.iter().find(|r| r.spec.name == "web").unwrap();
@@ -223,7 +238,16 @@ async fn what_operators_set_while_it_is_written_down_is_set_in_the_new_kernel_on
     assert_eq!(ended.unwrap().committed, Some(true));
     set.unwrap();
     at_rest(&w, 511).await;
-    assert_eq!(w.tree.policy_of("web").await.unwrap().fence_tries, 7);
+    let policy = w.tree.policy_of("web").await.unwrap();
+    assert_eq!((policy.fence_tries, policy.restart_intensity), (7, 8));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_took_over_and_whose_agent_is_away_when_the_next_daemon_asks_is_the_instance() {
+    let w = killed_unheard().await;
+    w.fake.workloads.script("511 ROLLBACK", Next::Fail("its guardian starts it anew"));
+    let w = again(w).await;
+    asked_before_it_was_given_up(&w).await;
 }
 
 #[tokio::test(start_paused = true)]
