@@ -50,7 +50,9 @@ impl InstanceActorState {
             InstanceMsg::Ran { .. } | InstanceMsg::Done { .. } => {}
             InstanceMsg::Timer { timer, round } => self.timer(timer, round),
             // A wish has to wait until it is known what there is.
-            wish if self.machine.is_none() && wish.can_wait(self.parted) => self.put_off(wish),
+            wish if self.machine.is_none() && wish.can_wait(self.parted || !self.deferred.is_empty()) => {
+                self.put_off(wish);
+            }
             InstanceMsg::SetPolicy { policy, overrides, reply } => {
                 self.set_policy(policy, overrides);
                 if let Some(reply) = reply {

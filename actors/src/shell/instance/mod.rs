@@ -222,14 +222,15 @@ pub(crate) enum InstanceMsg {
 }
 
 impl InstanceMsg {
-    /// Whether it means as much later. What is set of an instance that stands aside has to be set in whatever becomes of it.
-    fn can_wait(&self, parted: bool) -> bool {
+    /// Whether it means as much later. What is set has to wait when the instance stands aside, for it has to be set in whatever
+    /// becomes of it, and when others wait that were there before: `behind`.
+    fn can_wait(&self, behind: bool) -> bool {
         match self {
             InstanceMsg::Spawn { .. }
             | InstanceMsg::Terminate { .. }
             | InstanceMsg::Recover { .. }
             | InstanceMsg::Group(_) => true,
-            InstanceMsg::SetPolicy { .. } | InstanceMsg::Maintenance { .. } => parted,
+            InstanceMsg::SetPolicy { .. } | InstanceMsg::Maintenance { .. } => behind,
             _ => false,
         }
     }

@@ -155,6 +155,11 @@ impl InstanceActorState {
         self.deferred.push(wish);
     }
 
+    /// Whether a policy waits.
+    fn sets_policy(&self) -> bool {
+        self.deferred.iter().any(|wish| matches!(wish, InstanceMsg::SetPolicy { .. }))
+    }
+
     /// What was said last of maintenance, and waits.
     pub(super) fn maintained(&self) -> Option<bool> {
         self.deferred.iter().rev().find_map(|wish| match wish {
@@ -193,7 +198,12 @@ impl InstanceActorState {
             return;
         }
         match found {
-            Ok(record) => {
+            Ok(mut record) => {
+                if self.sets_policy() {
+                    let now = self.args.instance.record();
+                    record.policy = now.policy;
+                    record.overrides.clone_from(&now.overrides);
+                }
                 self.args.instance.become_record(record);
                 self.unite();
             }

@@ -61,12 +61,12 @@ impl From<Refused> for String {
 }
 
 /// What operators set of an instance that stands aside is set in whatever becomes of it.
-fn as_set(args: &MorphArgs, mut old: InstanceRecord) -> InstanceRecord {
+fn as_set(args: &MorphArgs, mut of: InstanceRecord) -> InstanceRecord {
     let now = args.instance.record();
-    (old.policy, old.maintenance) = (now.policy, now.maintenance);
-    old.overrides.clone_from(&now.overrides);
+    (of.policy, of.maintenance) = (now.policy, now.maintenance);
+    of.overrides.clone_from(&now.overrides);
     drop(now);
-    old
+    of
 }
 
 /// Write the commit record: in one transaction the instance becomes the new kernel, and the other side the old
@@ -168,8 +168,8 @@ pub(super) async fn write_down(args: &MorphArgs, hand: &mut Hand) -> Worked {
         }
         let Ok(side) = sides(args) else { return Ok((Event::Withdrawn, String::new())) };
         let limit = args.env.config.effect_limit;
-        // Its actor does not stand aside for it, all this time: it does not run any more.
-        if hand.new_refuses.is_some_and(|since| since.elapsed() > limit) {
+        // Its actor does not stand aside for it, all this time, and knows why: it does not run any more.
+        if !runs(&side) && hand.new_refuses.is_some_and(|since| since.elapsed() > limit) {
             let r = side.record().clone();
             if stop(args, Target { id: r.spec.id, incarnation: r.incarnation }).await.is_ok() {
                 return Ok((Event::Withdrawn, String::new()));
@@ -223,7 +223,7 @@ fn exchange(
     retired: InstanceRecord,
 ) {
     let target = Target { id: committed.spec.id, incarnation: committed.incarnation };
-    args.instance.become_record(committed);
+    args.instance.become_record(as_set(args, committed));
     side.become_record(retired);
     args.env.topology.changed();
     if !hand.has_state() {

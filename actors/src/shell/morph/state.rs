@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kmorph_control::views::{InstanceState, TransferView};
+use kmorph_control::views::TransferView;
 use kmorph_platform::PlatformError;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 use super::hand::{Hand, Parted};
 use super::lines::{Copied, Line, Lines, Trouble};
 use super::record::{hand_over, part, runs, unite};
-use super::work::{LOOK_AGAIN, Worked, ask, bytes, healthy, persist, sides};
+use super::work::{LOOK_AGAIN, Worked, bytes, healthy, persist, sides};
 use super::{MorphArgs, window};
 use crate::core::morph::{Event, Round};
 use crate::core::route::Target;
@@ -398,16 +398,7 @@ pub(super) async fn thaw(args: &MorphArgs, hand: &mut Hand, m: &MorphRecord) -> 
             return Ok(());
         }
         // A kernel that is dead is started anew by its recovery, and its workload with it.
-        let lives = matches!(
-            ask(&args.instance, InstanceMsg::View).await.map(|v| v.state),
-            None | Some(
-                InstanceState::Healthy
-                    | InstanceState::Suspect
-                    | InstanceState::AgentSilent
-                    | InstanceState::Starting
-            )
-        );
-        if !lives {
+        if !runs(&args.instance) {
             return Ok(());
         }
         if Instant::now() >= until {

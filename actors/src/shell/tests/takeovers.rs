@@ -215,15 +215,19 @@ async fn what_operators_set_while_it_is_written_down_is_set_in_the_new_kernel_on
         *w.store.decides.lock().unwrap() = Some(written.clone());
         gate.notify_one();
         w.pass(Duration::from_secs(2)).await;
-        let set = async {
-            let first = w.tree.policy_set("web", Key::FenceTries, Some("7"));
-            let second = async {
-                w.pass(MS).await;
-                w.tree.policy_set("web", Key::RestartIntensity, Some("8")).await
-            };
-            let (first, second) = tokio::join!(first, second);
-            first.and(second)
-        };
+        // While it is written down, while the workload is told, while it is looked what runs.
+        w.fake.script("existing", &vec![Next::Late(50 * MS); 10]);
+        let keys = [
+            (0, Key::FenceTries, "7"),
+            (1, Key::RestartIntensity, "8"),
+            (11, Key::MorphRounds, "9"),
+            (40, Key::PulseMisses, "11"),
+            (200, Key::ConfirmProbes, "2"),
+        ];
+        let set = futures::future::try_join_all(keys.map(async |(after, key, value)| {
+            w.pass(after * MS).await;
+            w.tree.policy_set("web", key, Some(value)).await
+        }));
         let ends = async {
             w.pass(10 * MS).await;
             // Nothing of the old kernel may be written behind the commit record.
@@ -239,7 +243,8 @@ async fn what_operators_set_while_it_is_written_down_is_set_in_the_new_kernel_on
     set.unwrap();
     at_rest(&w, 511).await;
     let policy = w.tree.policy_of("web").await.unwrap();
-    assert_eq!((policy.fence_tries, policy.restart_intensity), (7, 8));
+    assert_eq!((policy.fence_tries, policy.restart_intensity, policy.morph_rounds), (7, 8, 9));
+    assert_eq!((policy.pulse_misses, policy.confirm_probes), (11, 2));
 }
 
 #[tokio::test(start_paused = true)]
