@@ -143,7 +143,7 @@ const KEYS: &[&str] = &[
 ];
 
 /// Keys a reload puts into force; all others need a restart of the daemon.
-const RELOADED: &[&str] = &["profile", "policy.", "policies.", "groups.", "history.", "recovery."];
+const RELOADED: &[&str] = &["profile", "policy.", "policies.", "groups.", "history."];
 
 impl Config {
     /// Everything as it is when nothing is said.

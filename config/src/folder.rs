@@ -20,6 +20,8 @@ pub fn own_folder(dir: &Path, what: &str) -> Result<(), OpError> {
 
 /// [`own_folder`] with a mode for a new one.
 pub fn own_folder_with(dir: &Path, what: &str, mode: u32) -> Result<(), OpError> {
+    // That of a path without one.
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     let fail = |doing: &str, e: std::io::Error| {
         let kind = match e.kind() {
             std::io::ErrorKind::PermissionDenied => ErrorKind::Denied,

@@ -22,7 +22,8 @@ A first session:
 
 Exit codes: 0 done; 1 internal error; 2 wrong usage; 3 not found; 4 the state does not allow it; 5 a CPU, memory
 or name is taken; 6 a definition, image, configuration or policy is not usable; 7 not permitted; 8 not in time; 9 the kernel did not
-come up; 10 not every CPU could be seen stopped, nothing was taken back; 11 versions differ; 12 no daemon answers.";
+come up; 10 not every CPU could be seen stopped, nothing was taken back; 11 versions differ; 12 no daemon answers;
+13 a morph was rolled back.";
 
 /// Run, watch and heal the kernels of a multikernel machine.
 ///

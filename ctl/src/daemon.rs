@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -78,7 +79,8 @@ async fn start(
     if let Some(dir) = socket.parent() {
         own_folder(dir, "the control socket's folder")?;
     }
-    let log = File::options().create(true).append(true).read(true).open(&log_path);
+    // What operators ask for is in it.
+    let log = File::options().create(true).append(true).read(true).mode(0o640).open(&log_path);
     let log = log.map_err(|e| internal(&format!("cannot write {}", log_path.display()), e))?;
     let began_at = log.metadata().map_or(0, |m| m.len());
     let mut command = Command::new(&program);

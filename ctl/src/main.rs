@@ -63,5 +63,7 @@ fn socket(named: Option<&Path>) -> PathBuf {
         return path.into();
     }
     let (own, machine) = (Paths::current().socket, Paths::system().socket);
-    if !own.exists() && machine.exists() { machine } else { own }
+    // One that was killed leaves its socket behind.
+    let lives = own.exists() && std::os::unix::net::UnixStream::connect(&own).is_ok();
+    if !lives && machine.exists() { machine } else { own }
 }

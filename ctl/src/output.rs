@@ -24,30 +24,25 @@ impl Output {
         Output { format }
     }
 
-    /// Print text. A reader that went away (a pager that was closed) ends the program quietly.
-    fn text(&self, text: &str) {
-        let mut out = std::io::stdout().lock();
-        if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-            std::process::exit(0);
+    /// Print a result. A reader that went away (a pager that was closed) ends the program quietly.
+    fn text(&self, text: &str) -> Result<(), OpError> {
+        match write(text) {
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+            written => written.map_err(|e| {
+                OpError::new(ErrorKind::Internal, format!("done, and the result cannot be written: {e}"))
+            }),
         }
     }
 
     fn json<T: Serialize>(&self, value: &T, pretty: bool) -> Result<(), OpError> {
-        let text = if pretty { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
-        let text =
-            text.map_err(|e| OpError::new(ErrorKind::Internal, format!("cannot print as JSON: {e}")))?;
-        self.text(&format!("{text}\n"));
-        Ok(())
+        self.text(&as_json(value, pretty)?)
     }
 
     /// Print one result: as JSON, or what `table` makes of it.
     pub fn show<T: Serialize>(&self, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), OpError> {
         match self.format {
             Format::Json => self.json(value, true),
-            Format::Table => {
-                self.text(&table(value));
-                Ok(())
-            }
+            Format::Table => self.text(&table(value)),
         }
     }
 
@@ -55,10 +50,7 @@ impl Output {
     pub fn item<T: Serialize>(&self, value: &T, line: impl FnOnce(&T) -> String) -> Result<(), OpError> {
         match self.format {
             Format::Json => self.json(value, false),
-            Format::Table => {
-                self.text(&line(value));
-                Ok(())
-            }
+            Format::Table => self.text(&line(value)),
         }
     }
 
@@ -69,11 +61,25 @@ impl Output {
 
     /// Say why it failed.
     pub fn error(&self, e: &OpError) {
-        if self.format == Format::Json && self.json(&serde_json::json!({ "error": e }), true).is_ok() {
-            return;
+        // Whoever reads results may be gone: the exit code is that of the error all the same.
+        let printed =
+            || as_json(&serde_json::json!({ "error": e }), true).is_ok_and(|text| write(&text).is_ok());
+        if self.format != Format::Json || !printed() {
+            self.note(&e.message);
         }
-        self.note(&e.message);
     }
+}
+
+fn write(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+fn as_json<T: Serialize>(value: &T, pretty: bool) -> Result<String, OpError> {
+    let text = if pretty { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
+    let text = text.map_err(|e| OpError::new(ErrorKind::Internal, format!("cannot print as JSON: {e}")))?;
+    Ok(format!("{text}\n"))
 }
 
 fn table(rows: Vec<Vec<String>>, header: &[&str]) -> String {

@@ -128,6 +128,8 @@ pub async fn run(args: &Args, wrap: Wrap) -> Result<(), OpError> {
         telemetry::metrics(address)?;
     }
     let platform = if process { processes(&config).await? } else { kernels(&config).await? };
+    // Daemons of the process platform can be several.
+    let _journal = lock::folder(&config.state)?;
     let platform = (wrap.platform)(platform);
     let definitions = KerfDefinitions::new(config.instances.clone());
     let journal_of = (wrap.store)(Arc::new(store.clone()));

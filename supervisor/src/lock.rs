@@ -1,4 +1,4 @@
-//! One daemon a machine.
+//! One daemon a machine, and one a journal.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -50,9 +50,39 @@ pub fn take(path: &Path) -> Result<Lock, OpError> {
     Ok(Lock(lock))
 }
 
+/// Have a folder's content for oneself. Nothing is written: the disk may be full.
+pub fn folder(dir: &Path) -> Result<Lock, OpError> {
+    let fail = |e: &dyn std::fmt::Display| {
+        OpError::new(ErrorKind::Internal, format!("cannot lock the state folder {}: {e}", dir.display()))
+    };
+    let file = File::open(dir).map_err(|e| fail(&e))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map(Lock).map_err(|(_, e)| match e {
+        Errno::EAGAIN => OpError::new(
+            ErrorKind::Conflict,
+            format!(
+                "another kmorphd has its journal in {}: give this one a folder of its own (state: in its \
+                 configuration), or stop that one",
+                dir.display()
+            ),
+        ),
+        e => fail(&e),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_journal_is_one_daemons() {
+        let d = tempfile::tempdir().unwrap();
+        let first = folder(d.path()).unwrap();
+        let e = folder(d.path()).unwrap_err();
+        assert_eq!(e.kind, ErrorKind::Conflict);
+        assert!(e.message.contains(&d.path().display().to_string()), "{e}");
+        drop(first);
+        folder(d.path()).unwrap();
+    }
 
     #[test]
     fn the_second_is_told_about_the_first() {

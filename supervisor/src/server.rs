@@ -98,7 +98,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listen. A socket left by a daemon that died is replaced; the machine's lock tells that it did.
+    /// Listen. A socket left by a daemon that died is replaced: nobody listens there any more.
     pub fn bind(path: &Path) -> Result<Server, OpError> {
         let fail = |what: &str, e: &dyn std::fmt::Display| {
             OpError::new(
@@ -108,6 +108,15 @@ impl Server {
         };
         if let Some(dir) = path.parent() {
             own_folder(dir, "the control socket's folder")?;
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(OpError::new(
+                ErrorKind::Conflict,
+                format!(
+                    "a daemon listens at {} already: stop it first, or choose another --socket",
+                    path.display()
+                ),
+            ));
         }
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail("replace", &e)),

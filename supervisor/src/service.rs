@@ -167,17 +167,17 @@ impl Service {
     }
 
     async fn console(&self, name: &str, follow: bool, client: &mut Client) -> Result<(), OpError> {
-        let id = InstanceId(self.tree.status(name).await?.id);
         let mut from = 0;
-        let mut incarnation = self.tree.status(name).await?.incarnation;
+        let mut kernel = (0, 0);
         let mut ticks = interval(CONSOLE_PERIOD);
         let mut ending = self.ending.clone();
         loop {
-            let now = self.tree.status(name).await?.incarnation;
-            if now != incarnation {
-                (incarnation, from) = (now, 0); // a new kernel counts from the start
+            // After a morph it has another number.
+            let now = self.tree.status(name).await?;
+            if kernel != (now.id, now.incarnation) {
+                (kernel, from) = ((now.id, now.incarnation), 0); // a new kernel counts from the start
             }
-            let log = match self.platform.console(id, from).await {
+            let log = match self.platform.console(InstanceId(now.id), from).await {
                 Ok(log) => log,
                 // Between two lives there is none; who follows waits for the next.
                 Err(PlatformError::Unknown(_)) if follow => Default::default(),

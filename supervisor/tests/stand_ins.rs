@@ -277,5 +277,13 @@ async fn what_is_wrong_at_the_start_is_said_with_the_way_out() {
     let first = home.start().await;
     let text = home.fails().await;
     assert!(text.contains("another daemon uses it"), "{text}");
+    // One of its own folders is not enough.
+    for (folder, why) in [("run", "another kmorphd has its journal in"), ("state", "a daemon listens at")] {
+        let config = std::fs::read_to_string(home.path("kmorphd.conf")).unwrap();
+        let other = config.replace(&format!("/{folder}\n"), &format!("/other-{folder}\n"));
+        std::fs::write(home.path("kmorphd.conf"), other).unwrap();
+        let text = home.fails().await;
+        assert!(text.contains(why), "{text}");
+    }
     first.stop(true).await;
 }
