@@ -276,21 +276,38 @@ async fn a_member_that_fails_in_maintenance_is_healed_when_that_is_over() {
     assert_eq!(w.incarnations().await, [1, 2, 1]);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_member_that_stands_aside_in_a_morph_is_stopped_with_its_group_when_it_is_back() {
-    let w = world_with(shop(Strategy::OneForAll, 3)).await;
+/// The shop, whose members have state.
+async fn shop_with_state(strategy: Strategy) -> World {
+    let w = world_with(shop(strategy, 3)).await;
     w.fake.workloads.switch_on();
     for name in ["db", "web", "i3"] {
         w.up(name).await;
     }
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.workloads.script("1 FREEZE", Next::Block(gate.clone()));
+    w
+}
+
+impl World {
+    /// Have web stand aside in its next morph until the gate is opened; wait until it does.
+    fn stands_aside(&self) -> (Arc<tokio::sync::Notify>, impl Future<Output = ()>) {
+        let gate = Arc::new(tokio::sync::Notify::new());
+        self.fake.workloads.script("1 FREEZE", Next::Block(gate.clone()));
+        let aside = async {
+            let limit = Instant::now() + PATIENCE;
+            while !self.fake.workloads.log().iter().any(|l| l == "1 FREEZE") {
+                assert!(Instant::now() < limit, "nothing is frozen");
+                self.pass(MS).await;
+            }
+        };
+        (gate, aside)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_stands_aside_in_a_morph_is_stopped_with_its_group_when_it_is_back() {
+    let w = shop_with_state(Strategy::OneForAll).await;
+    let (gate, aside) = w.stands_aside();
     let fails = async {
-        let limit = Instant::now() + PATIENCE;
-        while !w.fake.workloads.log().iter().any(|l| l == "1 FREEZE") {
-            assert!(Instant::now() < limit, "nothing is frozen");
-            w.pass(MS).await;
-        }
+        aside.await;
         w.fake.panic(2, "sysrq").await;
         w.fake.called("reclaim 2 1 false").await;
         gate.notify_one();
@@ -304,19 +321,10 @@ async fn a_member_that_stands_aside_in_a_morph_is_stopped_with_its_group_when_it
 
 #[tokio::test(start_paused = true)]
 async fn a_member_that_stands_aside_while_what_it_depends_on_is_given_up_is_not_started_again() {
-    let w = world_with(shop(Strategy::RestForOne, 3)).await;
-    w.fake.workloads.switch_on();
-    for name in ["db", "web", "i3"] {
-        w.up(name).await;
-    }
-    let gate = Arc::new(tokio::sync::Notify::new());
-    w.fake.workloads.script("1 FREEZE", Next::Block(gate.clone()));
+    let w = shop_with_state(Strategy::RestForOne).await;
+    let (gate, aside) = w.stands_aside();
     let fails = async {
-        let limit = Instant::now() + PATIENCE;
-        while !w.fake.workloads.log().iter().any(|l| l == "1 FREEZE") {
-            assert!(Instant::now() < limit, "nothing is frozen");
-            w.pass(MS).await;
-        }
+        aside.await;
         w.fake.script("fence", &[Next::Partial(3), Next::Partial(3), Next::Partial(3)]);
         w.fake.panic(2, "sysrq").await;
         w.shows("db", InstanceState::PartialFence).await;
