@@ -116,6 +116,12 @@ pub struct MorphRecord {
 }
 
 impl InstanceRecord {
+    /// What operators have set is as it is set there.
+    pub(crate) fn set_as(&mut self, there: &InstanceRecord) {
+        (self.policy, self.maintenance) = (there.policy, there.maintenance);
+        self.overrides.clone_from(&there.overrides);
+    }
+
     /// An instance that was never started.
     pub fn new(spec: InstanceSpec, policy: Policy) -> InstanceRecord {
         InstanceRecord {

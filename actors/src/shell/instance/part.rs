@@ -155,11 +155,6 @@ impl InstanceActorState {
         self.deferred.push(wish);
     }
 
-    /// Whether a policy waits.
-    fn sets_policy(&self) -> bool {
-        self.deferred.iter().any(|wish| matches!(wish, InstanceMsg::SetPolicy { .. }))
-    }
-
     /// What was said last of maintenance, and waits.
     pub(super) fn maintained(&self) -> Option<bool> {
         self.deferred.iter().rev().find_map(|wish| match wish {
@@ -199,11 +194,8 @@ impl InstanceActorState {
         }
         match found {
             Ok(mut record) => {
-                if self.sets_policy() {
-                    let now = self.args.instance.record();
-                    record.policy = now.policy;
-                    record.overrides.clone_from(&now.overrides);
-                }
+                // The policies that wait build on it.
+                record.set_as(&self.args.instance.record());
                 self.args.instance.become_record(record);
                 self.unite();
             }

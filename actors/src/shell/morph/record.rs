@@ -62,10 +62,7 @@ impl From<Refused> for String {
 
 /// What operators set of an instance that stands aside is set in whatever becomes of it.
 fn as_set(args: &MorphArgs, mut of: InstanceRecord) -> InstanceRecord {
-    let now = args.instance.record();
-    (of.policy, of.maintenance) = (now.policy, now.maintenance);
-    of.overrides.clone_from(&now.overrides);
-    drop(now);
+    of.set_as(&args.instance.record());
     of
 }
 
