@@ -7,6 +7,7 @@
 mod clock;
 mod fork;
 mod guardian;
+mod init;
 mod kmsg;
 mod metrics;
 mod modules;

@@ -1,6 +1,5 @@
 //! The KMP server of the instance.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,11 +18,11 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::clock::boot_ns;
 use crate::guardian::Link;
-use crate::kmsg;
 use crate::metrics::Sampler;
-use crate::stage1::{self, Cmdline};
+use crate::stage1::{self, Cmdline, First};
 use crate::state::{self, Address, Broker, Over, Reach};
 use crate::topology::{self, News};
+use crate::{init, kmsg};
 
 /// A client has this long to say HELLO.
 pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -81,8 +80,8 @@ pub struct Server {
     news: News,
 }
 
-/// Serve until the kernel ends. `ready` is told once the port is open.
-pub fn run(ready: Option<OwnedFd>, cmdline: &Cmdline, link: Link) -> i32 {
+/// Serve until the kernel ends. The first agent says when the port is open, and answers once the user's init runs.
+pub fn run(first: Option<First>, cmdline: &Cmdline, link: Link) -> i32 {
     let identity = Hello {
         instance: cmdline.instance,
         incarnation: cmdline.incarnation,
@@ -96,7 +95,7 @@ pub fn run(ready: Option<OwnedFd>, cmdline: &Cmdline, link: Link) -> i32 {
     go_first();
     let figures = Figures::Measured(Box::new(Mutex::new(Gauges { sampler, last: None })));
     let server = Arc::new(Server { identity, figures, link, broker: Arc::default(), news: News::default() });
-    on_a_runtime(listen_on_vsock(server, ready))
+    on_a_runtime(listen_on_vsock(server, first))
 }
 
 /// Be scheduled before the workload: a kernel that is busy still answers in time, and while a workload stands still
@@ -129,16 +128,16 @@ pub fn on_a_runtime(server: impl Future<Output = Result<(), String>>) -> i32 {
     }
 }
 
-async fn listen_on_vsock(server: Arc<Server>, ready: Option<OwnedFd>) -> Result<(), String> {
+async fn listen_on_vsock(server: Arc<Server>, first: Option<First>) -> Result<(), String> {
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, kmp::PORT))
         .map_err(|e| format!("cannot listen on vsock port {}: {e}", kmp::PORT))?;
     server.reaches(Reach::Vsock);
     server.hear_workloads(Address::Abstract(kmorph_state::wire::ADDRESS));
     server.tell_topology(Address::Abstract(topology::ADDRESS));
-    if let Some(ready) = ready {
-        stage1::say_ready(ready);
-    }
     kmsg::log(kmsg::INFO, &format!("listening on vsock port {}", kmp::PORT));
+    if let Some(first) = first {
+        init::runs(first.say_ready(), Path::new(stage1::PROC)).await;
+    }
     let accept = async || {
         let (stream, peer) = listener.accept().await?;
         // Only the primary kernel commands an instance.

@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::wait;
-use nix::unistd::{execv, pipe, setsid};
+use nix::unistd::{execv, pipe, pipe2, setsid};
 
 use crate::{fork, guardian, kmsg, modules};
 
@@ -69,33 +70,46 @@ pub fn run() -> ExitCode {
             Err(e) => kmsg::log(kmsg::ERROR, &e),
         },
     }
-    if let Err(e) = split(&cmdline) {
+    let before_init = split(&cmdline).unwrap_or_else(|e| {
         kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
-    }
-    become_init(&cmdline.init)
+        None
+    });
+    become_init(&cmdline.init, before_init)
+}
+
+/// What the first agent has of PID 1.
+pub struct First {
+    /// It is told here that the server listens.
+    ready: OwnedFd,
+    /// Ends when it became the user's init.
+    begun: OwnedFd,
 }
 
 /// Leave a child, with a mount namespace of its own: the guardian, which starts the server. Returns when the
-/// server says that it is ready.
-fn split(cmdline: &Cmdline) -> nix::Result<()> {
-    let (theirs, ours) = pipe()?;
-    let mut ends = Some((theirs, ours));
-    fork::child(|| match ends.take().map(|(theirs, ours)| (drop(theirs), alone().map(|()| ours))) {
-        Some(((), Ok(ready))) => guardian::run(ready, cmdline),
-        Some(((), Err(e))) => {
-            kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
-            1
+/// server says that it is ready, with what PID 1 is to hold until it becomes the user's init.
+fn split(cmdline: &Cmdline) -> nix::Result<Option<OwnedFd>> {
+    let (listens, ready) = pipe()?;
+    let (begun, before_init) = pipe2(OFlag::O_CLOEXEC)?;
+    let (mut theirs, mut ours) = (Some(First { ready, begun }), Some((listens, before_init)));
+    fork::child(|| {
+        drop(ours.take());
+        match theirs.take().map(|first| alone().map(|()| first)) {
+            Some(Ok(first)) => guardian::run(first, cmdline),
+            Some(Err(e)) => {
+                kmsg::log(kmsg::ERROR, &format!("cannot start the server: {e}"));
+                1
+            }
+            None => 1,
         }
-        None => 1,
     })?;
-    let Some((theirs, ours)) = ends else { return Ok(()) };
-    drop(ours);
+    drop(theirs);
+    let Some((listens, before_init)) = ours else { return Ok(None) };
     // The server listens before the user's init starts: a first connection is never refused.
     let mut byte = [0u8; 1];
-    if std::fs::File::from(theirs).read(&mut byte).unwrap_or(0) == 0 {
+    if std::fs::File::from(listens).read(&mut byte).unwrap_or(0) == 0 {
         kmsg::log(kmsg::ERROR, "the server ended before it was ready");
     }
-    Ok(())
+    Ok(Some(before_init))
 }
 
 /// A session and a view of the file systems of its own: the user's init may change its own as it likes.
@@ -105,15 +119,19 @@ fn alone() -> nix::Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
-/// Tell the parent that the server listens.
-pub fn say_ready(pipe: OwnedFd) {
-    if let Err(e) = std::fs::File::from(pipe).write_all(b"r") {
-        kmsg::log(kmsg::ERROR, &format!("cannot tell PID 1 that the server listens: {e}"));
+impl First {
+    /// Tell PID 1 that the server listens; what is left is how it becomes the user's init.
+    pub fn say_ready(self) -> OwnedFd {
+        if let Err(e) = std::fs::File::from(self.ready).write_all(b"r") {
+            kmsg::log(kmsg::ERROR, &format!("cannot tell PID 1 that the server listens: {e}"));
+        }
+        self.begun
     }
 }
 
-/// Exec the user's init with the arguments the kernel gave us; without one, stay and reap.
-fn become_init(init: &str) -> ExitCode {
+/// Exec the user's init with the arguments the kernel gave us; without one, stay and reap. `before_init` is closed
+/// either way.
+fn become_init(init: &str, before_init: Option<OwnedFd>) -> ExitCode {
     if let Err(e) = umount2(PROC, MntFlags::MNT_DETACH) {
         kmsg::log(kmsg::ERROR, &format!("cannot unmount {PROC}: {e}"));
     }
@@ -130,6 +148,7 @@ fn become_init(init: &str) -> ExitCode {
     } else {
         kmsg::log(kmsg::INFO, &format!("no {init} in the initramfs: the agent stays the only process"));
     }
+    drop(before_init);
     loop {
         // PID 1 must never end (the kernel would panic); with no child left it waits for a signal.
         if wait().is_err() {

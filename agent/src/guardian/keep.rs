@@ -1,6 +1,6 @@
 //! Carrying out what the guardian decides.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::link::{self, Ear, LONG, Link};
 use super::{Action, Event, State, step};
-use crate::stage1::{self, Cmdline};
+use crate::stage1::{self, Cmdline, First};
 use crate::{clock, fork, kmsg, serve};
 
 /// The agent that runs.
@@ -153,8 +153,8 @@ impl Keeper {
     }
 }
 
-/// The guardian of a real kernel's agent. `ready` is for the first agent.
-pub fn run(ready: OwnedFd, cmdline: &Cmdline) -> i32 {
+/// The guardian of a real kernel's agent.
+pub fn run(first: First, cmdline: &Cmdline) -> i32 {
     // The out-of-memory killer takes everything else first: a silent agent looks like a dead user space.
     if let Err(e) = std::fs::write(Path::new(stage1::PROC).join("self/oom_score_adj"), "-1000") {
         kmsg::log(kmsg::ERROR, &format!("cannot protect the agent from the OOM killer: {e}"));
@@ -164,7 +164,7 @@ pub fn run(ready: OwnedFd, cmdline: &Cmdline) -> i32 {
     if let Err(e) = polite.thread_block() {
         kmsg::log(kmsg::ERROR, &format!("guardian: cannot ignore signals: {e}"));
     }
-    let mut ready = Some(ready);
+    let mut first = Some(first);
     let mut keeper = Keeper::new();
     // Told apart from the agent in lists of processes; without it nothing is lost.
     let _ = set_name(c"kmorph-guardian");
@@ -174,10 +174,10 @@ pub fn run(ready: OwnedFd, cmdline: &Cmdline) -> i32 {
             if let Err(e) = polite.thread_unblock() {
                 kmsg::log(kmsg::ERROR, &format!("the agent ignores signals: {e}"));
             }
-            serve::run(ready.take(), cmdline, link)
+            serve::run(first.take(), cmdline, link)
         });
         // From here on only the agent can say that it is ready: its end must not be held open by us.
-        ready = None;
+        first = None;
         let wait = keeper.due().map_or(LONG, |due| due.saturating_sub(clock::now()));
         let fd = keeper.fd();
         let mut fds: Vec<PollFd> = fd.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();

@@ -62,7 +62,7 @@ fn guest(g: &Guest) -> Result<()> {
     })?;
     everything_is_back(g)?;
 
-    g.chapter("an init that ends at once: the kernel panics");
+    g.chapter("an init that ends before it waits for anything: the kernel panics");
     panic_image()?;
     g.ctl_fails(
         &["spawn", "one", "--kernel=/boot/vmlinuz-6.1", "--initramfs=/boot/panic.img", "--boot-timeout=20"],
@@ -90,12 +90,13 @@ fn guest(g: &Guest) -> Result<()> {
     g.kernel_is_clean()
 }
 
-/// An initramfs whose init ends at once: the kernel panics.
+/// An initramfs whose init ends before it has waited for anything: the kernel panics. It works for long enough for an
+/// agent to answer meanwhile.
 fn panic_image() -> Result<()> {
     use cpio::newc::{Builder, ModeFileType, trailer};
     use std::io::Write;
     let busybox = std::fs::read("/bin/busybox").context("read busybox")?;
-    let script = b"#!/bin/busybox sh\nexit 7\n";
+    let script = b"#!/bin/busybox sh\ni=0\nwhile [ $i -lt 10000 ]; do i=$((i+1)); done\nexit 7\n";
     let mut out = Vec::new();
     let dir = Builder::new("bin").mode(0o755).set_mode_file_type(ModeFileType::Directory).nlink(2);
     out = dir.write(out, 0).finish().context("write an archive")?;
