@@ -19,8 +19,12 @@
 
 #define INIT_WAIT_US		10000
 #define SIPI_WAIT_US		300
-#define START_TIMEOUT_US	500000
-#define PARK_TIMEOUT_US		100000
+/*
+ * A CPU answers within 20 ms. The limits are for one that cannot be stopped or
+ * started at all; a virtual one may stand still for a second and still come.
+ */
+#define START_TIMEOUT_US	3000000
+#define PARK_TIMEOUT_US		1000000
 #define PARK_TRIES		2
 
 /*

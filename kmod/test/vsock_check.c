@@ -151,7 +151,7 @@ static void nonblocking(void)
 	close(fd);
 
 	full = order(IDLE, 0, 0);
-	sleep_ms(50);		/* the order itself is read */
+	CHECK(heard(full), "%m");	/* the order itself is read */
 	fcntl(full, F_SETFL, O_NONBLOCK);
 	send_zeroes(full, 8 << 20);
 	CHECK(!poll_for(full, POLLOUT, 50), "writable although full");
@@ -193,8 +193,8 @@ static void half_close(void)
 	CHECK(write(fd, "x", 1) == 1, "the other direction: %m");
 	close(fd);
 
-	fd = order(DEAF, 300, 0);
-	sleep_ms(150);
+	fd = order(DEAF, 1000, 0);
+	CHECK(heard(fd), "%m");
 	CHECK(write(fd, "x", 1) == -1 && errno == EPIPE, "%m");
 	close(fd);
 }
@@ -204,7 +204,7 @@ static void closing(void)
 	char data[16];
 	int fd, i, err;
 
-	fd = order(LEAVE, 200, 0);		/* with unread data */
+	fd = order(LEAVE, 0, 0);		/* with unread data */
 	send_zeroes(fd, 1000);
 	for (i = 0; i < 2; i++)
 		CHECK(read(fd, data, sizeof(data)) == -1 && errno == ECONNRESET, "%m");
@@ -217,14 +217,14 @@ static void closing(void)
 	close(fd);
 
 	fd = order(WATCH, 0, 0);
-	sleep_ms(100);
+	CHECK(heard(fd), "%m");
 	linger_zero(fd);
 	close(fd);
 	err = how_it_ended();
 	CHECK(err == ECONNRESET, "%d", err);
 
 	fd = order(WATCH, 0, 0);
-	sleep_ms(100);
+	CHECK(heard(fd), "%m");
 	close(fd);
 	err = how_it_ended();
 	CHECK(err == 0, "%d", err);
@@ -246,8 +246,9 @@ static void backlog(void)
 		CHECK(ok >= 2 && ok <= 3 && ok + reset == 8, "%d ok, %d reset", ok, reset);
 		for (i = 0; i < 8; i++)
 			close(fds[i]);
+		shutdown(control, SHUT_WR);
+		CHECK(!heard(control), "it goes on");	/* ends after its listener */
 		close(control);
-		sleep_ms(200);
 	}
 }
 

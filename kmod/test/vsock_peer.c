@@ -6,6 +6,7 @@
 #include "vsock_check.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,6 +15,20 @@
 #include <unistd.h>
 
 static volatile int watched = -1;
+
+/* Tells who gave an order that it was read, and its first part done. */
+static void say(int fd)
+{
+	write_all(fd, "", 1);
+}
+
+/* Wait for that. False: the connection has ended instead. */
+bool heard(int fd)
+{
+	char byte;
+
+	return !read_all(fd, &byte, 1);
+}
 
 void sleep_ms(unsigned int ms)
 {
@@ -106,6 +121,7 @@ static void echo(int fd)
 static void *obey(void *arg)
 {
 	int fd = (intptr_t)arg, err, other;
+	struct pollfd some = { .fd = fd, .events = POLLIN };
 	struct order order;
 	uint64_t count;
 	char byte;
@@ -122,7 +138,7 @@ static void *obey(void *arg)
 		write_all(fd, &count, sizeof(count));
 		break;
 	case LEAVE:
-		sleep_ms(order.arg);
+		poll(&some, 1, -1);
 		break;
 	case ABORT:
 		linger_zero(fd);
@@ -134,6 +150,7 @@ static void *obey(void *arg)
 		break;
 	case DEAF:
 		shutdown(fd, SHUT_RD);
+		say(fd);
 		sleep_ms(order.arg);
 		break;
 	case LISTEN:
@@ -143,16 +160,19 @@ static void *obey(void *arg)
 		close(other);
 		break;
 	case WATCH:
+		say(fd);
 		drain(fd, &err);
 		watched = err;
 		break;
 	case HOW:
-		sleep_ms(100);
+		for (err = 0; watched == -1 && err < 300; err++)
+			sleep_ms(10);
 		err = watched;
 		watched = -1;
 		write_all(fd, &err, sizeof(err));
 		break;
 	case IDLE:
+		say(fd);
 		pause();
 		break;
 	}
