@@ -357,17 +357,22 @@ pub(super) async fn not_activated(args: &MorphArgs, hand: &mut Hand, why: String
     }
 }
 
-/// Stop a kernel for good, or say why it may still run.
+/// Stop a kernel for good, or say why it may still run. It is tried as often as a recovery does.
 pub(super) async fn stop(args: &MorphArgs, target: Target) -> Result<(), String> {
-    let fence = args.env.platform.fence(target.id, target.incarnation);
-    match timeout(args.env.config.effect_limit, fence).await {
-        Ok(Ok(report)) if report.complete => Ok(()),
-        Ok(Ok(_)) => Err("a CPU of it may still run".to_owned()),
-        // Whoever was here before has stopped it and given back what it had.
-        Ok(Err(PlatformError::Unknown(_))) => Ok(()),
-        Ok(Err(e)) => Err(e.to_string()),
-        Err(_) => Err(format!("not stopped within {:?}", args.env.config.effect_limit)),
+    let limit = args.env.config.effect_limit;
+    let tries = args.instance.record().policy.fence_tries.max(1);
+    let mut why = String::new();
+    for _ in 0..tries {
+        why = match timeout(limit, args.env.platform.fence(target.id, target.incarnation)).await {
+            Ok(Ok(report)) if report.complete => return Ok(()),
+            Ok(Ok(_)) => "a CPU of it may still run".to_owned(),
+            // Whoever was here before has stopped it and given back what it had.
+            Ok(Err(PlatformError::Unknown(_))) => return Ok(()),
+            Ok(Err(e)) => e.to_string(),
+            Err(_) => format!("not stopped within {limit:?}"),
+        };
     }
+    Err(why)
 }
 
 /// The old kernel's workload may end. It is stopped anyway.

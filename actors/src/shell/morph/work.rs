@@ -149,12 +149,21 @@ async fn validate(args: &MorphArgs, hand: &mut Hand) -> Worked {
 
 pub(super) async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, String> {
     let name = &instance.name;
-    let view =
-        ask(instance, InstanceMsg::View).await.ok_or_else(|| format!("{name}: its actor does not answer"))?;
-    if view.state != InstanceState::Healthy {
-        return Err(format!("{name} is {}: {}", view.state, view.reason));
-    }
     let limit = instance.record().policy.heartbeat_timeout.min(env.config.effect_limit);
+    let until = Instant::now() + limit;
+    loop {
+        let view = ask(instance, InstanceMsg::View)
+            .await
+            .ok_or_else(|| format!("{name}: its actor does not answer"))?;
+        match view.state {
+            InstanceState::Healthy => break,
+            // Being probed, or just taken over from another daemon: that is over soon.
+            InstanceState::Suspect | InstanceState::Starting if Instant::now() < until => {
+                sleep(LOOK_AGAIN).await;
+            }
+            state => return Err(format!("{name} is {state}: {}", view.reason)),
+        }
+    }
     let (reply, answer) = oneshot::channel();
     instance.heartbeat.send(HeartbeatMsg::Ping(reply));
     match timeout(limit, answer).await {

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::service;
 use super::workload::{Outcome, Workloads};
+use crate::core::policy::Policy;
 
 /// Port of the service that speaks the session protocol.
 pub const SESSIONS: u32 = 6000;
@@ -111,6 +112,11 @@ impl Fake {
     /// What the next calls of this kind do; then they succeed.
     pub fn script(&self, call: &'static str, next: &[Next]) {
         self.with(|s| s.next.insert(call, next.iter().rev().cloned().collect()));
+    }
+
+    /// The next kernel that is to be stopped is not, however often that is tried.
+    pub fn never_stops(&self) {
+        self.script("fence", &vec![Next::Fail("stuck"); Policy::default().fence_tries as usize]);
     }
 
     /// The next start of an instance of this name fails.

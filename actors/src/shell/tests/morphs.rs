@@ -143,6 +143,28 @@ async fn a_new_kernel_that_does_not_come_up_or_dies_changes_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_kernel_that_is_being_probed_when_it_is_validated_is_waited_for_as_long_as_for_an_answer() {
+    let w = world().await;
+    w.up("web").await;
+    w.tree.morph(to(MorphGoal::Prepare)).await.unwrap();
+    let limit = Policy::default().heartbeat_timeout;
+    w.fake.freeze(1);
+    w.shows("web", InstanceState::Suspect).await;
+    let comes_back = async {
+        w.pass(limit - 100 * MS).await;
+        w.fake.thaw(1);
+    };
+    let (valid, ()) = tokio::join!(w.tree.morph(on(MorphGoal::Validate)), comes_back);
+    valid.unwrap();
+    w.fake.freeze(1);
+    w.shows("web", InstanceState::Suspect).await;
+    let began = Instant::now();
+    let error = w.tree.morph(on(MorphGoal::Commit)).await.unwrap_err();
+    assert!(error.message.contains("being probed"), "{error}");
+    assert!(began.elapsed() >= limit, "it was not waited for");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_old_kernel_that_dies_is_recovered_and_the_morph_is_undone() {
     let w = world().await;
     w.up("web").await;

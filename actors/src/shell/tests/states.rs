@@ -129,7 +129,7 @@ async fn memory_that_both_kernels_have_is_given_back_with_the_morph_and_done_wit
 async fn memory_that_both_kernels_have_is_given_back_when_nobody_knows_whether_the_new_one_serves() {
     let w = counting().await;
     w.fake.workloads.script("511 COMMIT", Next::Fail("lost"));
-    w.fake.script("fence", &[Next::Fail("stuck")]);
+    w.fake.never_stops();
     let ended = w.tree.morph(to(MorphGoal::Commit)).await;
     assert_eq!(ended.map(|v| v.committed), Ok(Some(true)), "it can only go forward");
     assert_eq!((w.fake.count("close"), w.fake.windows().await.unwrap().len()), (1, 0));

@@ -148,6 +148,8 @@ async fn that_a_kernel_took_over_is_written_down_when_the_store_can_again() {
 async fn a_kernel_that_took_over_and_whose_workload_is_silent_is_stopped() {
     let (w, _gate) = took_over_unheard().await;
     w.fake.workloads.script("ACTIVATE", Next::Fail("no room"));
+    // Its CPUs may be late when they are stopped.
+    w.fake.script("fence", &[Next::Partial(2), Next::Fail("late")]);
     let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
     assert!(error.message.contains("the old kernel goes on"), "{error}");
     at_rest(&w, 1).await;
@@ -160,7 +162,7 @@ async fn a_kernel_that_took_over_and_whose_workload_is_silent_is_stopped() {
 async fn a_kernel_that_said_it_never_takes_over_is_not_the_instance_when_it_cannot_be_stopped() {
     let w = counting_in(Way::Directly).await;
     w.fake.workloads.script("511 TAKE", Next::Partial(0));
-    w.fake.script("fence", &[Next::Fail("stuck")]);
+    w.fake.never_stops();
     let error = w.tree.morph(to(MorphGoal::Commit)).await.unwrap_err();
     assert!(error.message.contains("differs from what was sent"), "{error}");
     at_rest(&w, 1).await;
