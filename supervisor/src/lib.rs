@@ -122,14 +122,14 @@ pub async fn run(args: &Args, wrap: Wrap) -> Result<(), OpError> {
     limits::raise_descriptors();
     let process = runs_processes(&config, &paths);
     // The process platform keeps a lock of its own in its folder.
-    let _lock = if process { None } else { Some(lock::take(LOCK.as_ref())?) };
+    let _lock = if process { None } else { Some(lock::take(LOCK.as_ref(), lock::PATIENCE).await?) };
     let store = SqliteStore::open(&config.state, keep(&config))?;
     if let Some(address) = config.metrics {
         telemetry::metrics(address)?;
     }
     let platform = if process { processes(&config).await? } else { kernels(&config).await? };
     // Daemons of the process platform can be several.
-    let _journal = lock::folder(&config.state)?;
+    let _journal = lock::folder(&config.state, lock::PATIENCE).await?;
     let platform = (wrap.platform)(platform);
     let definitions = KerfDefinitions::new(config.instances.clone());
     let journal_of = (wrap.store)(Arc::new(store.clone()));

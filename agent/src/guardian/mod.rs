@@ -21,6 +21,8 @@ const LAST_WAIT: Duration = Duration::from_secs(5);
 const WELL: Duration = Duration::from_secs(30);
 /// An agent that has just been started has at least so long until it must pet.
 const GRACE: Duration = Duration::from_secs(5);
+/// A guardian that is itself late by more than this has stood still, and everybody with it: it accuses nobody.
+const LATE: Duration = Duration::from_millis(250);
 /// Shortest watchdog: below it a busy machine would kill a healthy agent.
 const SHORTEST: u32 = 200;
 
@@ -158,10 +160,14 @@ pub fn step(state: State, event: Event, now: Duration) -> (State, Option<Action>
             s.phase = Phase::Running { since: now, petted: None };
             action = Some(Action::Start);
         }
-        Phase::Running { since, .. } if s.due().is_some_and(|due| due <= now) => {
-            s.phase = Phase::Killed { since };
-            action = Some(Action::Kill);
-        }
+        Phase::Running { since, .. } => match s.due() {
+            Some(due) if due + LATE < now => s.phase = Phase::Running { since, petted: Some(now) },
+            Some(due) if due <= now => {
+                s.phase = Phase::Killed { since };
+                action = Some(Action::Kill);
+            }
+            _ => {}
+        },
         _ => {}
     }
     (s, action)

@@ -58,6 +58,19 @@ fn a_stuck_agent_is_killed_and_started_again_when_told_so() {
 }
 
 #[test]
+fn a_guardian_that_stood_still_itself_measures_anew() {
+    let mut s = State::new(ms(0));
+    play(&mut s, &[(0, Event::Tick), (50, Event::Told(1000))]);
+    assert_eq!(play(&mut s, &[(1301, Event::Tick)]), []);
+    assert_eq!(s.due(), Some(ms(2301)));
+    assert_eq!(play(&mut s, &[(2551, Event::Tick)]), [(2551, Action::Kill)]);
+    // One that has never been heard of, too.
+    let mut s = State { told: 1000, ..State::new(ms(0)) };
+    play(&mut s, &[(0, Event::Tick), (5251, Event::Tick)]);
+    assert_eq!(s.due(), Some(ms(6251)));
+}
+
+#[test]
 fn told_to_restart_nothing_it_does_not() {
     let mut s = State::new(ms(0));
     play(&mut s, &[(0, Event::Tick), (1, Event::Told(GUARDIAN_OFF))]);
