@@ -17,6 +17,8 @@ use kmorph_control::{
     Client, DaemonView, HeartbeatView, InstanceState, InstanceView, Next, RecoveryLogArgs, RecoveryStep,
     Request,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -118,6 +120,28 @@ impl Guest {
     /// Between two looks at something that gives no event.
     pub fn pause(&self, time: Duration) {
         self.wait(async { tokio::time::sleep(time).await });
+    }
+
+    /// Kill the daemon and wait until it is gone.
+    pub fn kill_daemon(&self) -> Result<()> {
+        let pid = self.daemon()?.pid;
+        kill(Pid::from_raw(pid as i32), Signal::SIGKILL).context("kill the daemon")?;
+        self.gone(pid)
+    }
+
+    /// Wait until a killed process is gone. Its lock and its sockets are free only when the last of its threads is.
+    pub fn gone(&self, pid: u32) -> Result<()> {
+        let until = Instant::now() + COMMAND_LIMIT;
+        let proc = std::path::PathBuf::from(format!("/proc/{pid}"));
+        let runs = || {
+            let threads = std::fs::read_dir(proc.join("task")).map_or(0, Iterator::count);
+            threads > 1 || proc.join("fd/0").exists()
+        };
+        while runs() {
+            self.check(Instant::now() < until, || format!("process {pid} was killed and runs on"))?;
+            self.pause(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// A line of the story, with the time since it began.
@@ -279,6 +303,17 @@ impl Guest {
             Ok(v)
         } else {
             Err(format!("{name} is {}: {}", v.state, v.reason))
+        }
+    }
+
+    /// Wait until an instance is healthy: a daemon that has just started has to hear of it first.
+    pub fn until_healthy(&self, name: &str) -> Result<InstanceView> {
+        let until = Instant::now() + COMMAND_LIMIT;
+        loop {
+            match self.healthy(name) {
+                Err(_) if Instant::now() < until => self.pause(Duration::from_millis(20)),
+                result => return result,
+            }
         }
     }
 

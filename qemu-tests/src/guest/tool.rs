@@ -27,7 +27,7 @@ pub const PORT: u32 = 7000;
 const CHUNK: usize = 64 << 10;
 /// Longest time for a request from the command line.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
-const LISTENS_WITHIN: Duration = Duration::from_secs(20);
+const LISTENS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Serve for ever.
 pub fn serve() -> Result<()> {
@@ -74,15 +74,15 @@ async fn one(stream: VsockStream) -> Result<()> {
             answer(&mut stream, &line).await
         }
         ["crash"] => {
-            answer(&mut stream, "crashing").await?;
+            last_answer(&mut stream, "crashing").await?;
             std::fs::write("/proc/sysrq-trigger", "c").context("sysrq")
         }
         ["hang"] => {
-            answer(&mut stream, "hanging").await?;
+            last_answer(&mut stream, "hanging").await?;
             hang()
         }
         ["reboot"] => {
-            answer(&mut stream, "rebooting").await?;
+            last_answer(&mut stream, "rebooting").await?;
             reboot(RebootMode::RB_AUTOBOOT).map(|_| ()).context("reboot")
         }
         ["kill-agent"] => {
@@ -174,10 +174,20 @@ async fn one(stream: VsockStream) -> Result<()> {
         // Have a process with this id.
         ["occupy", pid] => {
             let before: u32 = pid.parse().context("pid")?;
-            std::fs::write("/proc/sys/kernel/ns_last_pid", (before - 1).to_string())
-                .context("ns_last_pid")?;
-            let child = std::process::Command::new("/bin/sleep").arg("3600").spawn().context("sleep")?;
-            answer(&mut stream, &child.id().to_string()).await
+            let mut got = 0;
+            // Others may take the id in between.
+            for _ in 0..20 {
+                std::fs::write("/proc/sys/kernel/ns_last_pid", (before - 1).to_string())
+                    .context("ns_last_pid")?;
+                let mut sleeps = std::process::Command::new("/bin/sleep");
+                let mut child = sleeps.arg("3600").spawn().context("sleep")?;
+                got = child.id();
+                if got == before {
+                    break;
+                }
+                child.kill().and_then(|()| child.wait()).context("end it")?;
+            }
+            answer(&mut stream, &got.to_string()).await
         }
         // Handover memory: what follows is for `handover`.
         ["handover", words @ ..] => {
@@ -205,6 +215,14 @@ async fn one(stream: VsockStream) -> Result<()> {
 
 async fn answer(stream: &mut BufReader<VsockStream>, text: &str) -> Result<()> {
     stream.write_all(format!("{text}\n").as_bytes()).await.context("answer")
+}
+
+/// What comes next ends this kernel, and whatever of it was not read by then: the answer is waited for to be read.
+async fn last_answer(stream: &mut BufReader<VsockStream>, text: &str) -> Result<()> {
+    answer(stream, text).await?;
+    // Whoever asked closes the connection then. Nobody needs to.
+    let _ = timeout(ASK_LIMIT, stream.read(&mut [0u8])).await;
+    Ok(())
 }
 
 fn online() -> String {

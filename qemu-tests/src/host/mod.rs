@@ -13,7 +13,7 @@ use crate::Result;
 use crate::scenarios::{self, Scenario};
 
 pub use cache::Cache;
-pub use machine::{MachineSpec, RESULT, STORY, STUCK};
+pub use machine::{EMULATOR_CRASH, MachineSpec, RESULT, STORY, STUCK};
 
 /// Build images for all scenarios.
 pub fn build() -> Result<()> {

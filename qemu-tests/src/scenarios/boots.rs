@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{OFTEN, Scenario};
 use crate::Result;
 use crate::guest::{Guest, WORKLOAD};
-use crate::host::MachineSpec;
+use crate::host::{EMULATOR_CRASH, MachineSpec};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "boots",
@@ -17,8 +17,6 @@ pub const SCENARIO: Scenario = Scenario {
 };
 
 const STARTS: usize = 200;
-/// How the emulator's known crash looks in the instance's own log.
-const EMULATOR: &str = "Oops: int3";
 
 fn guest(g: &Guest) -> Result<()> {
     g.define("pair", 1, &[2, 3], 160)?;
@@ -34,7 +32,7 @@ fn guest(g: &Guest) -> Result<()> {
             g.check(says.ends_with(" 0-1"), || format!("not both CPUs run: {says}"))?;
             let ended = g.command("kmorphctl", &["terminate", "pair"])?;
             g.check(ended.code == 0, || ended.err)?;
-        } else if done.err.contains(EMULATOR) {
+        } else if done.err.contains(EMULATOR_CRASH) {
             emulator += 1;
         } else {
             others.push(format!("start {n}, {series}: {}", done.err));

@@ -21,7 +21,7 @@ pub const SCENARIO: Scenario = Scenario {
         ..MachineSpec::default()
     },
     guest,
-    limit: Duration::from_secs(180),
+    limit: Duration::from_secs(360),
 };
 
 /// Everything an instance needs, in the primary's memory.

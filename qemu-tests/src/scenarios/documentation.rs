@@ -13,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(240),
+    limit: Duration::from_secs(480),
 };
 
 const PAGES: [(&str, &str); 2] = [

@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use kmorph_control::{InstanceState, MorphView, RecoveryStep};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use super::{OFTEN, Scenario};
 use crate::guest::{Guest, WORKLOAD};
@@ -17,7 +15,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(300),
+    limit: Duration::from_secs(600),
 };
 
 /// Morphs to and fro at the end.
@@ -62,16 +60,10 @@ fn guest(g: &Guest) -> Result<()> {
         "a daemon that is killed while an operator thinks: the next one waits too, and rolls back when told",
     );
     g.ctl(&["morph", "prepare", "web", "--kernel=/boot/vmlinuz-6.1"])?;
-    let pid = g.daemon()?.pid;
-    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).context("kill the daemon")?;
-    let until = std::time::SystemTime::now() + Duration::from_secs(10);
-    while std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists() && std::time::SystemTime::now() < until
-    {
-        g.pause(Duration::from_millis(20));
-    }
+    g.kill_daemon()?;
     g.ctl(&["daemon", "start"])?;
     g.ctl(&["morph", "status", "web"])?;
-    g.healthy("web~morph")?;
+    g.until_healthy("web~morph")?;
     g.ctl(&["morph", "rollback", "web"])?;
     runs(g, "6.12.", 3, free)?;
 

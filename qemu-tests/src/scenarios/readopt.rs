@@ -2,13 +2,10 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
 use super::Scenario;
+use crate::Result;
 use crate::guest::{Guest, WORKLOAD};
 use crate::host::MachineSpec;
-use crate::{Context, Result};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "readopt",
@@ -16,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(150),
+    limit: Duration::from_secs(300),
 };
 
 fn guest(g: &Guest) -> Result<()> {
@@ -35,15 +32,8 @@ fn guest(g: &Guest) -> Result<()> {
     undisturbed(g)?;
 
     g.chapter("so does kill -9");
-    let pid = g.daemon()?.pid;
-    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).context("kill the daemon")?;
+    g.kill_daemon()?;
     g.tool(4, "release")?;
-    // The lock is free when the process is gone, which is not at once.
-    let until = std::time::SystemTime::now() + Duration::from_secs(10);
-    while std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists() && std::time::SystemTime::now() < until
-    {
-        g.pause(Duration::from_millis(20));
-    }
     g.ctl(&["daemon", "start"])?;
     undisturbed(g)?;
 

@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use kmorph_control::{BlackoutView, MorphView};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
@@ -28,7 +26,7 @@ pub const SCENARIO: Scenario = Scenario {
         ..MachineSpec::default()
     },
     guest,
-    limit: Duration::from_secs(480),
+    limit: Duration::from_secs(720),
 };
 
 pub const HANDOVER: Scenario = Scenario {
@@ -41,7 +39,7 @@ pub const HANDOVER: Scenario = Scenario {
         ..MachineSpec::default()
     },
     guest: handover,
-    limit: Duration::from_secs(240),
+    limit: Duration::from_secs(480),
 };
 
 pub(super) const ADDRESS: &str = "127.0.0.1:8080";
@@ -269,8 +267,7 @@ fn guest(g: &Guest) -> Result<()> {
     let before = g.wait(served_so_far())?;
     let morphing = begin(g, "6.12")?;
     until_copying(g)?;
-    let pid = g.daemon()?.pid;
-    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).context("kill the daemon")?;
+    g.kill_daemon()?;
     g.wait(morphing).context("the morph")?;
     g.ctl(&["daemon", "start"])?;
     alone(g)?;

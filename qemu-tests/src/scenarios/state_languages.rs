@@ -25,7 +25,7 @@ pub const SCENARIO: Scenario = Scenario {
         ..MachineSpec::default()
     },
     guest,
-    limit: Duration::from_secs(180),
+    limit: Duration::from_secs(360),
 };
 
 const ADDRESS: &str = "127.0.0.1:8080";

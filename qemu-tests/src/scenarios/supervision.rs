@@ -18,7 +18,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(300),
+    limit: Duration::from_secs(600),
 };
 
 pub const KILLED: Scenario = Scenario {
@@ -27,7 +27,7 @@ pub const KILLED: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest: killed,
-    limit: Duration::from_secs(300),
+    limit: Duration::from_secs(600),
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -83,8 +83,16 @@ fn serves(g: &Guest, name: &str, incarnation: u64) -> Result<InstanceView> {
 fn lives(g: &Guest, db: u64, web: u64) -> Result<()> {
     serves(g, "db", db)?;
     serves(g, "web", web)?;
-    let group = g.ctl(&["group", "show", "shop"])?;
-    g.check(group.contains("UP"), || format!("the group is not up: {group}"))
+    // It hears of its members, and after a reload anew, while others are served.
+    let limit = SystemTime::now() + PATIENCE;
+    loop {
+        let group = g.ctl(&["group", "show", "shop"])?;
+        if group.contains("UP") {
+            return Ok(());
+        }
+        g.check(SystemTime::now() < limit, || format!("the group is not up: {group}"))?;
+        g.pause(Duration::from_millis(20));
+    }
 }
 
 fn guest(g: &Guest) -> Result<()> {
@@ -171,7 +179,7 @@ fn killed(g: &Guest) -> Result<()> {
     let phases = ["DETECTING_FAILURE", "PREPARING_RECOVERY", "RECLAIMING_RESOURCES", "RESTARTING"];
     for (phase, n) in phases.into_iter().zip(1..) {
         g.chapter(&format!("killed at {phase}"));
-        let pid = Pid::from_raw(g.daemon()?.pid as i32);
+        let pid = g.daemon()?.pid;
         g.tool(3, "crash")?;
         let incidents = |steps: &[kmorph_control::RecoveryStep]| steps.iter().map(|s| s.incident).max();
         g.follow(PATIENCE, |steps| {
@@ -179,12 +187,9 @@ fn killed(g: &Guest) -> Result<()> {
             let seen = steps.iter().any(|s| Some(s.incident) == last && s.phase == phase);
             let begun = steps.iter().filter(|s| s.phase == "DETECTING_FAILURE").count() >= n;
             // Nothing is between the sight of the step and the end of the daemon.
-            seen && begun && kill(pid, Signal::SIGKILL).is_ok()
+            seen && begun && kill(Pid::from_raw(pid as i32), Signal::SIGKILL).is_ok()
         })?;
-        let limit = SystemTime::now() + PATIENCE;
-        while std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists() && SystemTime::now() < limit {
-            g.pause(Duration::from_millis(5));
-        }
+        g.gone(pid)?;
         g.ctl(&["daemon", "start"])?;
         let db = until(g, "db", "back", |v| v.state == InstanceState::Healthy && v.incarnation > n as u64)?;
         g.say(&format!("db serves as incarnation {}", db.incarnation));

@@ -22,7 +22,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(300),
+    limit: Duration::from_secs(600),
 };
 
 pub(super) const ADDRESS: &str = "127.0.0.1:8080";

@@ -13,7 +13,7 @@ pub const SCENARIO: Scenario = Scenario {
     in_run: true,
     machine: MachineSpec::default,
     guest,
-    limit: Duration::from_secs(300),
+    limit: Duration::from_secs(600),
 };
 
 fn guest(g: &Guest) -> Result<()> {
