@@ -97,12 +97,22 @@ void kmorph_ctl_grants(struct kmorph_inst *inst)
 		kmorph_ctl_ring(inst);
 }
 
+/* Has nothing been heard of its kernel since it was started? */
+bool kmorph_ctl_absent(struct kmorph_inst *inst)
+{
+	return smp_load_acquire(&ctl_instance(inst)->state) == KMORPH_CTL_ABSENT;
+}
+
+/* Does the instance's kernel say of itself what it does? */
+bool kmorph_ctl_ready(struct kmorph_inst *inst)
+{
+	return smp_load_acquire(&ctl_instance(inst)->state) == KMORPH_CTL_READY;
+}
+
 /* Bytes of a memory block of the instance's kernel; 0 while it has not said so. */
 u64 kmorph_ctl_memory_block(struct kmorph_inst *inst)
 {
-	if (smp_load_acquire(&ctl_instance(inst)->state) != KMORPH_CTL_READY)
-		return 0;
-	return READ_ONCE(ctl_instance(inst)->memory_block);
+	return kmorph_ctl_ready(inst) ? READ_ONCE(ctl_instance(inst)->memory_block) : 0;
 }
 
 /* Does the instance say that it runs on this CPU? */
@@ -142,8 +152,11 @@ void kmorph_ctl_unwatch(struct kmorph_inst *inst)
 	if (was)
 		watched[inst->slot->index] = NULL;
 	raw_spin_unlock_irqrestore(&ctl_lock, flags);
-	if (was)
+	if (was) {
+		/* What the doorbell's thread has read is of this life. */
+		kmorph_door_sync();
 		kmorph_inst_put(inst);
+	}
 }
 
 void kmorph_ctl_publish_door(u64 address)

@@ -8,6 +8,7 @@
 #include <linux/delay.h>
 #include <linux/log2.h>
 #include <linux/module.h>
+#include <linux/rcupdate.h>
 #include <linux/slab.h>
 
 #define MAX_ID		511
@@ -334,6 +335,13 @@ unlock:
 	return ret;
 }
 
+/* A CPU that has no interrupt table yet would reset the machine. */
+static bool may_take_nmi(struct kmorph_inst *inst, u32 index)
+{
+	return !kmorph_ctl_absent(inst) &&
+	       (index == 0 || kmorph_ctl_cpu_online(inst, inst->apicid[index]));
+}
+
 int kmorph_instance_nmi(struct kmorph_ref *req)
 {
 	struct kmorph_inst *inst;
@@ -346,7 +354,7 @@ int kmorph_instance_nmi(struct kmorph_ref *req)
 	ret = 0;
 	if (req->cpu >= inst->cpu_count)
 		ret = -EINVAL;
-	else if (inst->state != KMORPH_INST_RUNNING)
+	else if (inst->state != KMORPH_INST_RUNNING || !may_take_nmi(inst, req->cpu))
 		ret = -ENXIO;
 	else
 		kmorph_nmi(inst->apicid[req->cpu]);
@@ -394,11 +402,14 @@ static int withdraw(struct kmorph_inst *inst, struct kmorph_cpu *req)
 	if (index == 0)
 		return -EBUSY;
 	if (inst->state == KMORPH_INST_RUNNING) {
-		if (kmorph_ctl_cpu_online(inst, req->apicid))
+		/* Without its module nobody says where the kernel runs. */
+		if (!kmorph_ctl_ready(inst) || kmorph_ctl_cpu_online(inst, req->apicid))
 			return -EBUSY;
 		if (!kmorph_fence_one(inst, index))
 			return -ETIMEDOUT;
 		kmorph_owner_clear(req->apicid);
+		/* On return nobody is about to ring there. */
+		synchronize_rcu_expedited();
 	}
 	mutex_lock(&kmorph_lock);
 	inst->cpu_count--;

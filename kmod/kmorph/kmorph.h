@@ -162,6 +162,8 @@ u32 kmorph_tables_root(const struct kmorph_inst *inst);
 void kmorph_ctl_format(struct kmorph_inst *inst);
 void kmorph_ctl_grants(struct kmorph_inst *inst);
 u64 kmorph_ctl_memory_block(struct kmorph_inst *inst);
+bool kmorph_ctl_absent(struct kmorph_inst *inst);
+bool kmorph_ctl_ready(struct kmorph_inst *inst);
 bool kmorph_ctl_cpu_online(struct kmorph_inst *inst, u32 apicid);
 void kmorph_ctl_watch(struct kmorph_inst *inst);
 void kmorph_ctl_unwatch(struct kmorph_inst *inst);

@@ -172,8 +172,11 @@ static bool unanswered(u32 id, bool *hopeless)
 	    READ_ONCE(inst->state) == KMORPH_INST_STUCK) {
 		u32 state = smp_load_acquire(&ctl_instance(inst)->state);
 
-		/* Not there yet: it will read the table as it is now. */
-		ret = state != KMORPH_CTL_ABSENT &&
+		/*
+		 * Not there yet: it will read the table as it is now. Not there
+		 * any more: nor is its transport.
+		 */
+		ret = state != KMORPH_CTL_ABSENT && state != KMORPH_CTL_LEFT &&
 		      READ_ONCE(ctl_instance(inst)->links_seen) != inst->links_generation;
 		if (ret && state != KMORPH_CTL_READY)
 			*hopeless = true;
@@ -451,7 +454,9 @@ int kmorph_primary_link_register(const struct kmorph_link_ops *ops)
 	} else {
 		link_ops = ops;
 		list_for_each_entry(link, &links, list)
-			if (link->life == LINK_PENDING && bring_up(link))
+			/* Who has not left its last epoch would disturb the next one. */
+			if (link->life == LINK_PENDING &&
+			    (!settled(link, true) || bring_up(link)))
 				pr_err("link %u-%u: cannot be brought up\n", link->id[0],
 				       link->id[1]);
 	}
@@ -471,6 +476,8 @@ void kmorph_primary_link_unregister(void)
 		kill_link(link);
 		link->life = LINK_PENDING;
 	}
+	/* Areas that are free by now are given up by who knows them. */
+	reap(0);
 	link_ops = NULL;
 	mutex_unlock(&link_mutex);
 }

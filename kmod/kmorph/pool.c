@@ -111,7 +111,7 @@ static int verify(u64 base, u64 size, u32 *source, u64 *bad)
 		bool good;
 
 		if (*source == KMORPH_POOL_OFFLINED)
-			good = !page;
+			good = !page && pfn_valid(PHYS_PFN(addr));
 		else if (*source == KMORPH_POOL_RESERVED)
 			good = !page || PageReserved(page);
 		else

@@ -173,7 +173,7 @@ static u32 boot_first_cpu(struct kmorph_inst *inst, u64 entry, u64 boot_params)
 {
 	struct kmorph_t_data *data = page_data(inst);
 	ktime_t limit;
-	u32 stage = 0;
+	u32 stage;
 	unsigned int try;
 
 	fill_page(inst, KMORPH_T_MODE_BOOT);
@@ -187,12 +187,14 @@ static u32 boot_first_cpu(struct kmorph_inst *inst, u64 entry, u64 boot_params)
 		udelay(SIPI_WAIT_US);
 	}
 	limit = ktime_add_us(ktime_get(), START_TIMEOUT_US);
-	while (stage != KMORPH_T_STAGE_LONG && !ktime_after(ktime_get(), limit)) {
+	for (;;) {
+		bool last = ktime_after(ktime_get(), limit);
+
 		stage = READ_ONCE(data->stage);
-		if (stage != KMORPH_T_STAGE_LONG)
-			usleep_range(50, 150);
+		if (stage == KMORPH_T_STAGE_LONG || last)
+			return stage;
+		usleep_range(50, 150);
 	}
-	return stage;
 }
 
 static int start_locked(struct kmorph_inst *inst, struct kmorph_start *req)
@@ -282,12 +284,13 @@ static int stop_locked(struct kmorph_inst *inst, struct kmorph_stop *req)
 	disown(inst);
 	kmorph_ctl_unwatch(inst);
 	kmorph_elcr_restore(inst);
+	/* Before the links, whose lock may be held by who waits for just this. */
+	set_state(inst, stopped == all ? KMORPH_INST_STOPPED : KMORPH_INST_STUCK, stopped);
 	kmorph_links_stop(inst);
 	if (stopped == all) {
 		kmorph_handover_stop(inst);
 		kmorph_tables_free(inst);
 	}
-	set_state(inst, stopped == all ? KMORPH_INST_STOPPED : KMORPH_INST_STUCK, stopped);
 	req->stopped_cpus = stopped;
 	req->duration_ns = ktime_to_ns(ktime_sub(ktime_get(), begin));
 	kmorph_event(KMORPH_EV_STOPPED, inst, 0, 0, stopped, NULL);

@@ -177,6 +177,7 @@ static void half_close(void)
 {
 	int fd = order(COUNT, 0, 0), err;
 	uint64_t count = 0;
+	double start;
 	size_t n;
 
 	send_zeroes(fd, BIG);
@@ -193,8 +194,11 @@ static void half_close(void)
 	CHECK(write(fd, "x", 1) == 1, "the other direction: %m");
 	close(fd);
 
-	fd = order(DEAF, 1000, 0);
+	fd = order(DEAF, 5000, 0);
 	CHECK(heard(fd), "%m");
+	/* That it is deaf comes beside what it says, and not before. */
+	for (start = now(); write(fd, "x", 1) == 1 && now() - start < 3; )
+		sleep_ms(1);
 	CHECK(write(fd, "x", 1) == -1 && errno == EPIPE, "%m");
 	close(fd);
 }

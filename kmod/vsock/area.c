@@ -183,6 +183,7 @@ static int join(const struct kmorph_link *link)
 	struct kv_layout *shared;
 	struct kv_area *area;
 	struct kv_side *side;
+	u64 door;
 	int ret;
 
 	BUILD_BUG_ON(KMORPH_LINK_MIN < KV_META + 4 * 2 * 8192);
@@ -213,8 +214,12 @@ static int join(const struct kmorph_link *link)
 	WRITE_ONCE(side->door, kmorph_door_address());
 	smp_store_release(&side->state, link->epoch);
 	smp_mb();	/* our state before the look at the other's */
-	/* The doorbell may have moved before the area was in the table. */
-	WRITE_ONCE(side->door, kmorph_door_address());
+	/* The doorbell may have moved before the area was in the table, and may move now. */
+	do {
+		door = kmorph_door_address();
+		WRITE_ONCE(side->door, door);
+		smp_mb();	/* stored before the look whether it still holds */
+	} while (door != kmorph_door_address());
 	kv_ring(area);
 	kmorph_door_wake();
 	pr_info("link to %u: epoch %u, %u channels\n", link->peer, link->epoch, area->channels);

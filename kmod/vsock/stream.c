@@ -74,8 +74,13 @@ static int kv_connect(struct vsock_sock *vsk)
 	struct kv_sock *kv = kv_sock(vsk);
 	int ret;
 
-	/* An earlier try may have left its channel behind. */
+	/*
+	 * An earlier try may have left its channel behind, and a place among the
+	 * connected, when it was reset before connect() saw that it was there.
+	 */
 	kv_detach(kv, KV_RST);
+	vsock_remove_connected(vsk);
+	WRITE_ONCE(vsk->peer_shutdown, 0);
 	ret = kv_channel_open(kv);
 	if (ret)
 		return ret;
@@ -99,6 +104,17 @@ static bool is_dead(struct kv_sock *kv)
 	return true;
 }
 
+/* Say how far we have come, and tell the other side if it wants to know. */
+static bool publish(struct kv_sock *kv, u32 *cursor, u32 value, u32 *wait)
+{
+	smp_store_release(cursor, value);
+	smp_mb();	/* the cursor before the look at who waits */
+	if (!READ_ONCE(*wait) || !xchg(wait, 0))
+		return false;
+	kv_kick(kv->area, kv->ch);
+	return true;
+}
+
 /* Bytes to read; when there are fewer than wanted the other side is asked to tell. */
 static u32 readable(struct kv_sock *kv, u32 wanted)
 {
@@ -115,6 +131,9 @@ static u32 readable(struct kv_sock *kv, u32 wanted)
 		}
 		if (bytes >= wanted || armed)
 			return bytes;
+		/* Who wants more than half a ring must not wait for who waits for half a ring. */
+		if (bytes && READ_ONCE(kv->rxc->wr_wait))
+			publish(kv, &kv->rxc->tail, kv->tail, &kv->rxc->wr_wait);
 		WRITE_ONCE(kv->rxc->rd_wait, 1);
 		smp_mb();	/* armed before the second look */
 		armed = true;
@@ -150,17 +169,6 @@ static s64 kv_has_data(struct vsock_sock *vsk)
 static s64 kv_has_space(struct vsock_sock *vsk)
 {
 	return kv_sock(vsk) ? writable(kv_sock(vsk)) : 0;
-}
-
-/* Say how far we have come, and tell the other side if it wants to know. */
-static bool publish(struct kv_sock *kv, u32 *cursor, u32 value, u32 *wait)
-{
-	smp_store_release(cursor, value);
-	smp_mb();	/* the cursor before the look at who waits */
-	if (!READ_ONCE(*wait) || !xchg(wait, 0))
-		return false;
-	kv_kick(kv->area, kv->ch);
-	return true;
 }
 
 static ssize_t kv_enqueue(struct vsock_sock *vsk, struct msghdr *msg, size_t length)
