@@ -5,6 +5,7 @@
 //! the user's own init. The user's initramfs needs to know nothing of it.
 
 mod clock;
+mod end;
 mod fork;
 mod guardian;
 mod init;

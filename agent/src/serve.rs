@@ -10,10 +10,8 @@ use kmp::message::{
     Metrics, Role,
 };
 use kmp::session::Event;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getppid, sync};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::clock::boot_ns;
@@ -22,7 +20,7 @@ use crate::metrics::Sampler;
 use crate::stage1::{self, Cmdline, First};
 use crate::state::{self, Address, Broker, Over, Reach};
 use crate::topology::{self, News};
-use crate::{init, kmsg};
+use crate::{end, init, kmsg};
 
 /// A client has this long to say HELLO.
 pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
@@ -326,14 +324,7 @@ impl Server {
             // Every other process here is somebody else's.
             return "a stand-in has no processes to end and no file systems to sync".into();
         }
-        // As shutdown does: everyone is told, what is dirty is written, nothing is waited for longer
-        // than the daemon waits. PID 1 gets no signal: its end would be a panic.
-        let told = kill_others(Signal::SIGTERM);
-        let synced = timeout(grace.mul_f64(0.8), tokio::task::spawn_blocking(sync)).await.is_ok();
-        format!(
-            "{told} processes told to end, file systems {}",
-            if synced { "synced" } else { "not synced in time" }
-        )
+        end::workload(Path::new(stage1::PROC), grace).await
     }
 }
 
@@ -343,25 +334,6 @@ fn unsupported(kind: MessageType) -> Message {
         message: format!("this agent does not handle {}", kind.name()),
     }
     .into()
-}
-
-/// Signal every process but kernel threads, PID 1, the guardian and this one; how many.
-fn kill_others(signal: Signal) -> usize {
-    let Ok(entries) = std::fs::read_dir(stage1::PROC) else { return 0 };
-    entries
-        .filter_map(|e| e.ok()?.file_name().to_string_lossy().parse::<i32>().ok())
-        .filter(|pid| is_other(*pid, Pid::this(), getppid()))
-        .filter(|pid| {
-            let cmdline = Path::new(stage1::PROC).join(pid.to_string()).join("cmdline");
-            std::fs::read(cmdline).is_ok_and(|c| !c.is_empty())
-        })
-        .filter(|pid| kill(Pid::from_raw(*pid), signal).is_ok())
-        .count()
-}
-
-/// The guardian is the agent's parent.
-fn is_other(pid: i32, agent: Pid, guardian: Pid) -> bool {
-    pid > 1 && pid != agent.as_raw() && pid != guardian.as_raw()
 }
 
 #[cfg(test)]
@@ -379,16 +351,6 @@ mod tests {
             broker: Arc::default(),
             news: News::default(),
         }
-    }
-
-    #[test]
-    fn the_guardian_is_spared() {
-        let (agent, guardian) = (Pid::from_raw(70), Pid::from_raw(69));
-        let others: Vec<i32> = (0..72)
-            .filter(|pid| *pid >= 68 || *pid < 3)
-            .filter(|pid| is_other(*pid, agent, guardian))
-            .collect();
-        assert_eq!(others, [2, 68, 71]);
     }
 
     async fn message<S: AsyncRead + AsyncWrite + Unpin>(c: &mut Connection<S>) -> (u32, Message) {

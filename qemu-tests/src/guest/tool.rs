@@ -95,6 +95,15 @@ async fn one(stream: VsockStream) -> Result<()> {
             kill(Pid::from_raw(pid), Signal::SIGSTOP).context("stop")?;
             answer(&mut stream, &format!("stopped {pid}")).await
         }
+        // A process that takes a while to end, and says when it has.
+        ["ends-slowly"] => {
+            let script = "trap 'sleep 0.5; echo workload: ended in order >/dev/kmsg; exit' TERM; echo; while :; do sleep 1; done";
+            let mut shell = std::process::Command::new("/bin/busybox");
+            shell.args(["sh", "-c", script]).stdout(std::process::Stdio::piped());
+            let mut said = shell.spawn().context("sh")?.stdout.ok_or("no output")?;
+            std::io::Read::read_exact(&mut said, &mut [0u8]).context("the shell")?;
+            answer(&mut stream, "waits").await
+        }
         ["hog", seconds] => {
             let seconds: u64 = seconds.parse().context("seconds")?;
             std::thread::spawn(move || {

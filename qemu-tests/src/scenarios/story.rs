@@ -78,7 +78,10 @@ fn tell(g: &Guest) -> Result<()> {
     }
 
     g.chapter("Everything goes back to the primary");
+    g.tool(WEB, "ends-slowly")?;
     g.ctl(&["terminate", "web-server"])?;
+    let log = g.command("kmorphctl", &["console", "web-server"])?.out;
+    g.check(log.contains("workload: ended in order"), || format!("its workload was cut off: {log}"))?;
     g.ctl(&["terminate", "database"])?;
     let after = g.online()?;
     g.say(&format!("CPUs online in the primary: {after}"));
