@@ -191,7 +191,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether it changes something: those need an administrator and leave an audit line.
+    /// Whether it changes something, or has the daemon read a file that it names: those need an administrator and leave an
+    /// audit line.
     pub fn changes(&self) -> bool {
         matches!(
             self,
@@ -203,7 +204,7 @@ impl Request {
                 | Request::PolicySet { .. }
                 | Request::PolicyImport { dry_run: false, .. }
                 | Request::Maintenance { .. }
-                | Request::Morph(MorphArgs { dry_run: false, .. })
+                | Request::Morph(_)
                 | Request::MorphRollback { .. }
                 | Request::MorphGroup(_)
         )
@@ -414,7 +415,8 @@ mod tests {
             (Request::GroupShow { name: "g".into() }, false),
             (Request::Maintenance { name: "x".into(), on: false }, true),
             (Request::Morph(morph(false)), true),
-            (Request::Morph(morph(true)), false),
+            // It names a kernel.
+            (Request::Morph(morph(true)), true),
             (Request::MorphRollback { name: "x".into() }, true),
             (Request::MorphStatus { name: "x".into() }, false),
             (

@@ -5,6 +5,7 @@
 //! connections to it. [`partition`] is the real thing: stock kernels started by `kmorph.ko`. [`process`] runs
 //! stand-ins as processes.
 
+mod file;
 pub mod partition;
 pub mod process;
 mod types;

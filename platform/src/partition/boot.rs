@@ -1,6 +1,5 @@
 //! Starting, fencing and reclaiming an instance.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use super::initramfs::{AGENT, Sources, combined, own_archive};
 use super::layout::{ACPI, CMDLINE, Layout, minimum};
 use super::{Inner, Live, acpi, alloc, links, view};
 use crate::{
-    BootRequest, Booted, CpuState, FenceReport, InstanceId, MemoryRange, PlatformError, ReclaimReport,
+    BootRequest, Booted, CpuState, FenceReport, InstanceId, MemoryRange, PlatformError, ReclaimReport, file,
 };
 
 /// Bytes written through one mapping.
@@ -27,11 +26,6 @@ pub(super) struct Prepared {
     initramfs: Vec<u8>,
 }
 
-fn read_file(what: &str, path: &Path) -> Result<Vec<u8>, PlatformError> {
-    std::fs::read(path)
-        .map_err(|e| PlatformError::BadImage(format!("cannot read the {what} {}: {e}", path.display())))
-}
-
 /// Check a request without changing anything.
 pub(super) fn prepare(inner: &Inner, r: &BootRequest) -> Result<Prepared, PlatformError> {
     let cpus = r.spec.cpus.len() + r.growth.cpus.len();
@@ -42,7 +36,7 @@ pub(super) fn prepare(inner: &Inner, r: &BootRequest) -> Result<Prepared, Platfo
             abi::MAX_CPUS
         )));
     }
-    let file = read_file("kernel", &r.kernel)?;
+    let file = file::read("kernel", &r.kernel)?;
     let (image, _) = parse(&r.kernel.display().to_string(), &file)?;
     let sources = Sources { agent: inner.config.agent.clone(), modules: inner.config.modules.clone() };
     let own = own_archive(&sources, &image.release)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 
-use crate::PlatformError;
+use crate::{PlatformError, file};
 
 /// Folder of our archive inside the instance.
 pub const FOLDER: &str = ".kmorph";
@@ -108,8 +108,7 @@ pub fn combined(user: Option<&Path>, own: &[u8]) -> Result<Vec<u8>, PlatformErro
     let mut all = match user {
         None => Vec::new(),
         Some(path) => {
-            let bytes = std::fs::read(path)
-                .map_err(|e| PlatformError::os(format!("read the initramfs {}", path.display()), e))?;
+            let bytes = file::read("initramfs", path)?;
             if !looks_like_archive(&bytes) {
                 return Err(PlatformError::BadImage(format!(
                     "{} is not an initramfs: it starts neither like a cpio archive nor like a compressed one",

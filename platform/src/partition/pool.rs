@@ -173,29 +173,39 @@ fn put_online(root: &Path, ranges: &[MemoryRange]) {
 
 /// Everything back to the primary: CPUs online, pool dissolved, memory blocks online.
 pub(super) fn release(inner: &Inner) -> Result<(), PlatformError> {
+    let mut first = Ok(());
+    // What cannot be given back keeps nothing else.
+    let mut done = |result: Result<(), PlatformError>| {
+        if let Err(error) = &result {
+            tracing::error!(%error, "the primary does not get everything back");
+        }
+        let well = result.is_ok();
+        first = std::mem::replace(&mut first, Ok(())).and(result);
+        well
+    };
     for cpu in view::cpus(inner)?.iter().filter(|c| c.state == CpuState::Pool) {
         let mut c: abi::Cpu = request();
         c.apicid = cpu.apic_id;
-        inner
-            .device
-            .cpu_give(&mut c)
-            .map_err(|e| PlatformError::os(format!("give CPU {} back to the primary", cpu.apic_id), e))?;
+        let given = inner.device.cpu_give(&mut c);
+        done(
+            given.map_err(|e| PlatformError::os(format!("give CPU {} back to the primary", cpu.apic_id), e)),
+        );
     }
     for region in handover::list(inner)? {
-        handover::destroy(inner, region.key)?;
+        done(handover::destroy(inner, region.key));
     }
     for range in view::pool(inner)? {
         let mut p: abi::Pool = request();
         (p.base, p.size) = (range.base, range.size);
-        inner.device.pool_remove(&mut p).map_err(|e| {
+        let removed = inner.device.pool_remove(&mut p).map_err(|e| {
             PlatformError::os(format!("take memory {:#x}+{:#x} out of the pool", range.base, range.size), e)
-        })?;
-        if range.source == 2 {
+        });
+        if done(removed) && range.source == 2 {
             put_online(Path::new(MEMORY_BLOCKS), &[MemoryRange { base: range.base, size: range.size }]);
         }
     }
     inner.state().offlined.clear();
-    Ok(())
+    first
 }
 
 #[cfg(test)]

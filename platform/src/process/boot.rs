@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use super::claim::Claim;
 use super::leader::Leader;
 use super::state::{Live, Task};
-use super::{Inner, events, find, image, sys};
-use crate::{BootRequest, Booted, InstanceId, MemoryRange, PlatformError};
+use super::{Inner, events, find, sys};
+use crate::{BootRequest, Booted, InstanceId, MemoryRange, PlatformError, file};
 
 /// Check a request and everything it names; the release of its kernel.
 pub fn prepare(inner: &Inner, r: &BootRequest) -> Result<String, PlatformError> {
@@ -28,7 +28,7 @@ pub fn prepare(inner: &Inner, r: &BootRequest) -> Result<String, PlatformError> 
         return Err(PlatformError::Invalid("a name or command line contains a NUL character".into()));
     }
     let agent = &inner.config.agent;
-    let usable = image::readable("agent", agent).map_err(|e| e.to_string()).and_then(|_| {
+    let usable = file::readable("agent", agent).map_err(|e| e.to_string()).and_then(|_| {
         access(agent, AccessFlags::X_OK)
             .map_err(|e| format!("the agent {} cannot be run: {e}", agent.display()))
     });
@@ -37,7 +37,7 @@ pub fn prepare(inner: &Inner, r: &BootRequest) -> Result<String, PlatformError> 
     }
     let release = inner.releases.of(&r.kernel)?;
     if let Some(initramfs) = &r.initramfs {
-        image::readable("initramfs", initramfs)?;
+        file::readable("initramfs", initramfs)?;
     }
     Ok(release)
 }

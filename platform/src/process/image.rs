@@ -1,15 +1,13 @@
 //! The release a kernel file names.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use nix::libc;
-
 use crate::PlatformError;
+use crate::file::readable;
 use crate::partition::bzimage;
 
 /// Files remembered.
@@ -49,20 +47,6 @@ impl Releases {
         }
         known.insert(key, release.clone());
         Ok(release)
-    }
-}
-
-/// Open a file that is there, regular and readable.
-pub fn readable(what: &str, path: &Path) -> Result<File, PlatformError> {
-    let bad =
-        |why: String| PlatformError::BadImage(format!("cannot read the {what} {}: {why}", path.display()));
-    // A FIFO would block.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(|e| bad(e.to_string()))?;
-    match file.metadata() {
-        Ok(m) if m.is_file() => Ok(file),
-        Ok(_) => Err(bad("it is not a regular file".into())),
-        Err(e) => Err(bad(e.to_string())),
     }
 }
 
