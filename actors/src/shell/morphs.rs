@@ -100,8 +100,7 @@ impl Tree {
             let text = format!("group {}: no member runs", args.group);
             return Err(OpError::new(ErrorKind::Conflict, text));
         }
-        let under_way =
-            |name: &&&String| self.env.directory.get(name).is_some_and(|i| i.record().morph.is_some());
+        let under_way = |name: &&&String| self.has_morph(name.as_str());
         if args.kernel.is_none() {
             let waiting: Vec<&String> = members.iter().filter(under_way).copied().collect();
             if waiting.is_empty() {
@@ -144,6 +143,10 @@ impl Tree {
         }
     }
 
+    fn has_morph(&self, name: &str) -> bool {
+        self.env.directory.get(name).is_some_and(|i| i.record().morph.is_some())
+    }
+
     /// Each after the other, so that the machine starts one kernel at a time.
     async fn validate_all(
         &self,
@@ -165,7 +168,10 @@ impl Tree {
             match self.morph(go).await {
                 Ok(view) => valid.push(view),
                 Err(error) => {
-                    let done: Vec<&String> = members.iter().take(valid.len()).copied().collect();
+                    // Those behind it, too, when they are prepared.
+                    let others = members.iter().filter(|other| *other != name);
+                    let done: Vec<&String> =
+                        others.filter(|other| self.has_morph(other.as_str())).copied().collect();
                     let back = self.roll_all_back(&done).await;
                     let names: Vec<&str> = done.iter().map(|n| n.as_str()).collect();
                     let rest = match (names.is_empty(), back) {

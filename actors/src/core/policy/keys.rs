@@ -134,14 +134,18 @@ impl Key {
     pub fn help(self) -> &'static str {
         match self {
             Key::HeartbeatTimeout => "no answer of the agent for this long is a missed heartbeat",
-            Key::PulsePeriod => "how often the kernel's pulse beats (from its next start on)",
+            Key::PulsePeriod => {
+                "how often the kernel's pulse beats, from its next start on; its silence is reckoned with it at once"
+            }
             Key::PulseMisses => "beats that are missing until the pulse counts as silent",
             Key::ConfirmProbes => "unanswered probes until a suspicion is a conclusion",
             Key::ConfirmDelay => "wait after the first probe; it doubles with each",
             Key::BootTimeout => "longest time from the start of a kernel to its first heartbeat",
             Key::AutoHeal => "fence and restart by itself after a confirmed failure",
             Key::AgentSilent => "kernel lives, agent does not: have it restarted from inside, or only tell",
-            Key::Vmcore => "capture a dead instance's memory before it is taken back",
+            Key::Vmcore => {
+                "capture a dead instance's memory before it is taken back; this release cannot, and required holds it"
+            }
             Key::FenceTries => "tries to stop the CPUs until the operator is asked",
             Key::RestartIntensity => "restarts within restart-period until the instance is given up",
             Key::RestartPeriod => "window of restart-intensity",

@@ -258,6 +258,17 @@ async fn a_member_that_dies_before_the_commit_takes_the_others_back() {
     let error = w.tree.morph_group(&morph_all(None, GroupMorph::Commit)).await.unwrap_err();
     assert!(error.message.contains("group shop"), "{error}");
     assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
+    // Whichever it is: those behind it do not stay prepared.
+    w.fake.agent(side, Agent::Answers);
+    w.tree.morph_group(&morph_all(Some("/new"), GroupMorph::Validate)).await.unwrap();
+    let side = w.tree.status("db~morph").await.unwrap().id;
+    w.fake.agent(side, Agent::Silent);
+    let error = w.tree.morph_group(&morph_all(None, GroupMorph::Commit)).await.unwrap_err();
+    assert!(error.message.contains("rolled back too: web"), "{error}");
+    for name in ["db", "web"] {
+        assert!(w.tree.status(name).await.unwrap().morph.is_none(), "{name}");
+    }
+    assert_eq!(releases(&w).await, ["6.12.9", "6.12.9"]);
 }
 
 #[tokio::test(start_paused = true)]
