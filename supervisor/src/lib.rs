@@ -171,11 +171,10 @@ pub async fn run(args: &Args, wrap: Wrap) -> Result<(), OpError> {
     notify(&[sd_notify::NotifyState::Stopping]);
     end.send_replace(true);
     service.tree.shutdown().await;
-    if platform.inventory().await.is_ok_and(|i| i.used.is_empty()) {
-        // Nothing runs: the primary gets its CPUs and memory back.
-        platform.release_all().await.map_err(|e| platform_error(&e))?;
-    }
+    service.store.finish().await;
+    let given_back = service.give_back().await;
     server.unlink();
+    given_back?;
     if why == GAVE_UP {
         return Err(internal(format!("{GAVE_UP}; its kernels run on, and a new daemon takes them over")));
     }
@@ -255,7 +254,7 @@ fn journal(service: Arc<Service>) -> kmorph_actors::Service {
             loop {
                 tokio::select! {
                     changed = troubles.changed() => changed.map_err(|e| e.to_string())?,
-                    _ = ticks.tick(), if before.is_some() => service.store.retry().await,
+                    _ = ticks.tick(), if before.is_some() => drop(service.store.retry().await),
                     () = stop.asked() => return Ok(()),
                 }
                 let now = troubles.borrow_and_update().clone();

@@ -55,11 +55,13 @@ impl Handler for Service {
         match request {
             Request::DaemonStatus => encode(&self.status().await?),
             Request::DaemonStop { graceful } => {
+                let mut given_back = Ok(());
                 if *graceful {
                     self.terminate_all().await?;
+                    given_back = self.give_back().await;
                 }
                 self.stop.send_replace(true);
-                encode(&())
+                given_back.and_then(|()| encode(&()))
             }
             Request::Spawn(args) => encode(&self.tree.spawn(args.clone()).await?),
             Request::List => encode(&self.tree.list().await),
@@ -86,6 +88,22 @@ impl Service {
     /// Terminate every instance. One that cannot be keeps its daemon, which then goes on.
     async fn terminate_all(&self) -> Result<(), OpError> {
         self.tree.terminate_all(false).await.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// The primary gets its CPUs and memory back, when nothing runs.
+    pub(crate) async fn give_back(&self) -> Result<(), OpError> {
+        if self.platform.inventory().await.is_ok_and(|i| i.used.is_empty()) {
+            self.platform.release_all().await.map_err(|e| {
+                let OpError { kind, message, .. } = platform_error(&e);
+                let all =
+                    "its log names everything that was not; the next kmorphd that is stopped tries again";
+                OpError::new(
+                    kind,
+                    format!("kmorphd ends, and not everything was given back: {message}; {all}"),
+                )
+            })?;
+        }
+        Ok(())
     }
 
     async fn status(&self) -> Result<DaemonView, OpError> {

@@ -18,6 +18,8 @@ use std::time::Duration;
 use kmorph_control::{ErrorKind, OpError, RecoveryLogArgs, RecoveryStep};
 use rusqlite::{Connection, Row, params};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tracing::error;
 
 pub use writer::Keep;
 use writer::{Ask, Write, Writer};
@@ -30,6 +32,8 @@ const PAGE: i64 = 1000;
 const QUEUE: usize = 4096;
 /// How long another program may hold the database.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
+/// How long a daemon that ends waits for its last writes.
+const LAST_LIMIT: Duration = Duration::from_secs(5);
 
 /// The database and those who follow it.
 #[derive(Clone)]
@@ -164,12 +168,27 @@ impl SqliteStore {
         self.trouble.subscribe()
     }
 
-    /// Try again what could not be written.
-    pub async fn retry(&self) {
+    /// Try again what could not be written; how many writes are left.
+    pub async fn retry(&self) -> usize {
         let (reply, answer) = oneshot::channel();
-        if self.asks.send(Ask::Retry(reply)).await.is_ok() {
+        match self.asks.send(Ask::Retry(reply)).await {
+            Ok(()) => answer.await.unwrap_or_default(),
             // The thread ends with the daemon only.
-            let _ = answer.await;
+            Err(_) => 0,
+        }
+    }
+
+    /// The daemon ends: try again, and say what is lost with it.
+    pub async fn finish(&self) {
+        match timeout(LAST_LIMIT, self.retry()).await {
+            Ok(0) => {}
+            Ok(writes) => {
+                let why = self.trouble().unwrap_or_default();
+                error!(writes, error = %why, "the daemon ends and what could not be written is lost");
+            }
+            Err(_) => {
+                error!(limit = ?LAST_LIMIT, "the daemon ends, and its disk does not say what is written")
+            }
         }
     }
 

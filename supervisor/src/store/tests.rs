@@ -159,12 +159,13 @@ async fn a_full_disk_costs_history_until_there_is_room_again() {
     store.put_record("a".into(), big(3)).await.unwrap_err();
     assert_eq!(store.count_incident().await.unwrap(), 1);
     assert_eq!(store.count_incident().await.unwrap(), 2);
-    store.retry().await;
+    // Five steps, the latest record, and twice the number of incidents.
+    assert_eq!(store.retry().await, 8);
     assert!(store.trouble().is_some(), "there is still no room");
     assert_eq!(store.records().await.unwrap()[0].1, vec![1], "what was there is whole");
 
     disk(&store, false).await;
-    store.retry().await;
+    assert_eq!(store.retry().await, 0);
     assert_eq!(store.trouble(), None);
     assert!(troubles.changed().await.is_ok());
     let steps = store.read_steps(RecoveryLogArgs::default()).await.unwrap();

@@ -37,8 +37,8 @@ pub(super) enum Ask {
     /// All of them in one transaction, now or never.
     Decide(Vec<Write>, oneshot::Sender<Result<(), OpError>>),
     Read(Work),
-    /// Try again what could not be written.
-    Retry(oneshot::Sender<()>),
+    /// Try again what could not be written; how many writes are left.
+    Retry(oneshot::Sender<usize>),
 }
 
 /// How much history is kept.
@@ -95,7 +95,7 @@ impl Writer {
                         self.settle(&mut waiting);
                         self.retry();
                         // Who asked may have given up waiting.
-                        let _ = reply.send(());
+                        let _ = reply.send(self.kept.len());
                     }
                 }
                 next = asks.try_recv().ok();
@@ -107,9 +107,6 @@ impl Writer {
             }
         }
         self.retry();
-        if let (Some(why), n @ 1..) = (&*self.trouble.borrow(), self.kept.len()) {
-            error!(writes = n, error = %why, "the daemon ends and what could not be written is lost");
-        }
     }
 
     /// Add to what is to be written. Of an instance only the latest record counts.
