@@ -6,14 +6,17 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid, sync};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// Part of the grace after which those who still run are killed.
 const ENDED_BY: f64 = 0.6;
 /// Part of the grace after which nothing is waited for any more: the answer has to come within it.
 const SYNCED_BY: f64 = 0.8;
-/// Between two looks.
+/// Between the first two looks at who still runs; it doubles with each.
 const LOOK: Duration = Duration::from_millis(5);
+/// Longest time between two.
+const LOOK_LAST: Duration = Duration::from_millis(80);
 
 /// A process that was told to end.
 #[derive(Debug)]
@@ -64,29 +67,33 @@ fn is_other(pid: i32, agent: Pid, guardian: Pid) -> bool {
     pid > 1 && pid != agent.as_raw() && pid != guardian.as_raw()
 }
 
-/// Have these end until then, and kill who does not; how many were told, and how many killed.
-async fn end(proc: &Path, mut told: Vec<Told>, until: Instant) -> (usize, usize) {
-    told.retain(|p| p.signal(Signal::SIGTERM));
-    let all = told.len();
+/// Wait until these have ended, not longer than until then, and kill those who have not; how many that were.
+async fn end(proc: &Path, mut told: Vec<Told>, until: Instant) -> usize {
+    let mut look = LOOK;
     loop {
         told.retain(|p| p.runs(proc));
-        if told.is_empty() {
-            return (all, 0);
-        }
-        if Instant::now() >= until {
+        let now = Instant::now();
+        if told.is_empty() || now >= until {
             break;
         }
-        sleep(LOOK).await;
+        sleep(look.min(until - now)).await;
+        look = (look * 2).min(LOOK_LAST);
     }
     told.retain(|p| p.signal(Signal::SIGKILL));
-    (all, told.len())
+    told.len()
 }
 
 /// End everything but PID 1 within this time; what was done, for the daemon's log.
 pub async fn workload(proc: &Path, grace: Duration) -> String {
     let now = Instant::now();
-    let (told, killed) = end(proc, others(proc), now + grace.mul_f64(ENDED_BY)).await;
-    let synced = timeout_at(now + grace.mul_f64(SYNCED_BY), tokio::task::spawn_blocking(sync)).await.is_ok();
+    let mut all = others(proc);
+    all.retain(|p| p.signal(Signal::SIGTERM));
+    let told = all.len();
+    // Most is written by the time they have ended; and an init that ends with them ends the kernel.
+    let first = spawn_blocking(sync);
+    let killed = end(proc, all, now + grace.mul_f64(ENDED_BY)).await;
+    let all = async { (first.await, spawn_blocking(sync).await) };
+    let synced = timeout_at(now + grace.mul_f64(SYNCED_BY), all).await.is_ok();
     let killed = if killed > 0 { format!(", {killed} of them killed") } else { String::new() };
     let synced = if synced { "synced" } else { "not synced in time" };
     format!("{told} processes told to end{killed}, file systems {synced}")
@@ -111,8 +118,11 @@ mod tests {
         child
     }
 
+    /// It, told to end.
     fn told(child: &Child) -> Vec<Told> {
-        vec![Told::new(Path::new(PROC), child.id() as i32).unwrap()]
+        let told = Told::new(Path::new(PROC), child.id() as i32).unwrap();
+        assert!(told.signal(Signal::SIGTERM));
+        vec![told]
     }
 
     #[test]
@@ -140,12 +150,12 @@ mod tests {
     async fn who_ends_in_time_is_waited_for_and_who_does_not_is_killed() {
         let until = Instant::now() + Duration::from_secs(60);
         let mut polite = shell("exit 3");
-        assert_eq!(end(Path::new(PROC), told(&polite), until).await, (1, 0));
+        assert_eq!(end(Path::new(PROC), told(&polite), until).await, 0);
         assert!(Instant::now() < until);
         assert_eq!(polite.wait().unwrap().code(), Some(3));
 
         let mut deaf = shell("");
-        assert_eq!(end(Path::new(PROC), told(&deaf), Instant::now() + 20 * LOOK).await, (1, 1));
+        assert_eq!(end(Path::new(PROC), told(&deaf), Instant::now() + 20 * LOOK).await, 1);
         assert_eq!(deaf.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
     }
 }

@@ -153,8 +153,9 @@ struct kmorph_instance {
  * area and onlines it, if its tables name it. It is fenced with the others.
  * KMORPH_CPU_WITHDRAW takes one back to TAKEN, once
  * the instance's kernel has offlined it, and makes it prove that it has left:
- * EBUSY for the boot CPU and for one whose pulse says online, ETIMEDOUT when
- * it did not confirm (it then stays with the instance).
+ * EBUSY for the boot CPU, for one whose pulse says online, and while nobody
+ * says so because kmorph.ko is not loaded there; ETIMEDOUT when it did not
+ * confirm (it then stays with the instance).
  */
 
 /*
@@ -208,7 +209,10 @@ struct kmorph_stop {
 	__u64 duration_ns;	/* out */
 };
 
-/* KMORPH_DESTROY, KMORPH_NMI (to the instance's CPU `cpu`) */
+/*
+ * KMORPH_DESTROY, and KMORPH_NMI to the instance's CPU `cpu`: ENXIO where an NMI
+ * would find no interrupt table, before kmorph.ko is loaded or the CPU online.
+ */
 struct kmorph_ref {
 	struct kmorph_head head;
 	__u32 id;

@@ -443,6 +443,20 @@ void kmorph_links_reap(void)
 	mutex_unlock(&link_mutex);
 }
 
+static void bring_up_again(struct link *link)
+{
+	if (link->life != LINK_PENDING)
+		return;
+	if (!settled(link, true)) {
+		/* Who has not left its last epoch would disturb the next one. */
+		link->life = LINK_DEAD;
+		pr_err("link %u-%u: its last epoch is still in use: add it again\n",
+		       link->id[0], link->id[1]);
+	} else if (bring_up(link)) {
+		pr_err("link %u-%u: cannot be brought up\n", link->id[0], link->id[1]);
+	}
+}
+
 int kmorph_primary_link_register(const struct kmorph_link_ops *ops)
 {
 	struct link *link;
@@ -454,11 +468,7 @@ int kmorph_primary_link_register(const struct kmorph_link_ops *ops)
 	} else {
 		link_ops = ops;
 		list_for_each_entry(link, &links, list)
-			/* Who has not left its last epoch would disturb the next one. */
-			if (link->life == LINK_PENDING &&
-			    (!settled(link, true) || bring_up(link)))
-				pr_err("link %u-%u: cannot be brought up\n", link->id[0],
-				       link->id[1]);
+			bring_up_again(link);
 	}
 	mutex_unlock(&link_mutex);
 	return ret;

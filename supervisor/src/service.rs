@@ -58,7 +58,7 @@ impl Handler for Service {
                 let mut given_back = Ok(());
                 if *graceful {
                     self.terminate_all().await?;
-                    given_back = self.give_back().await;
+                    given_back = self.all_given_back().await;
                 }
                 self.stop.send_replace(true);
                 given_back.and_then(|()| encode(&()))
@@ -88,6 +88,23 @@ impl Service {
     /// Terminate every instance. One that cannot be keeps its daemon, which then goes on.
     async fn terminate_all(&self) -> Result<(), OpError> {
         self.tree.terminate_all(false).await.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// The same, and an error when something runs after all.
+    async fn all_given_back(&self) -> Result<(), OpError> {
+        self.give_back().await?;
+        let used = self.platform.inventory().await.map_err(|e| platform_error(&e))?.used;
+        if used.is_empty() {
+            return Ok(());
+        }
+        let mut ids: Vec<String> = used.iter().map(|(_, id)| id.to_string()).collect();
+        ids.dedup();
+        let text = format!(
+            "kmorphd ends, and memory of the pool is still in use by kernels it has no definition of: {}; a machine is free of \
+             them with its next start",
+            ids.join(", ")
+        );
+        Err(OpError::new(ErrorKind::Internal, text))
     }
 
     /// The primary gets its CPUs and memory back, when nothing runs.

@@ -118,13 +118,14 @@ mod tests {
         let program = ["sleep".to_owned(), "60".to_owned()];
         // Below the smallest `pid_max` that is usual, 32768.
         let free = |pid: &i32| !Path::new(&format!("/proc/{pid}")).exists();
-        let pid = (20_000..30_000).rev().find(free).unwrap();
-        let started = start(&program, pid);
+        let mut some = (20_000..30_000).rev().filter(free).take(100);
         if !nix::unistd::geteuid().is_root() {
+            let started = start(&program, some.next().unwrap());
             assert!(started.as_ref().is_err_and(|why| why.contains(LAST_PID)), "{started:?}");
             return;
         }
-        let mut child = started.unwrap();
+        // A number nobody has as a process can still be that of a group or session.
+        let (pid, mut child) = some.find_map(|pid| Some((pid, start(&program, pid).ok()?))).unwrap();
         let again = start(&program, pid).map(|mut other| other.kill());
         let ran = (child.id(), lives(pid));
         child.kill().unwrap();

@@ -39,7 +39,7 @@ use crate::host::MachineSpec;
 
 /// Configuration for scenarios that fail one instance more often than an operator would stand, on machines whose CPUs
 /// stand still for a second now and then.
-const OFTEN: &str = "heartbeat:\n  timeout: 3s\nrecovery:\n  boot-timeout: 90s\n  restart-intensity: 1000\n  \
+const OFTEN: &str = "heartbeat:\n  timeout: 3s\nrecovery:\n  boot-timeout: 45s\n  restart-intensity: 1000\n  \
                      restart-period: 1s\n  restart-delay: 1ms\n";
 
 /// A story told on one machine.

@@ -85,7 +85,9 @@ impl InstanceActorState {
                 }
             }
             InstanceMsg::Seen { incarnation, event } => {
-                if incarnation == self.incarnation() {
+                // An agent that ends its workload answers nothing else meanwhile.
+                let busy = self.asking.is_some() && matches!(event, health::Event::HeartbeatMissed(_));
+                if incarnation == self.incarnation() && !busy {
                     self.health(event);
                 }
             }

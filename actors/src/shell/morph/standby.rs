@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::resources::Wish;
 use super::side::{ended, place, policy, remove};
-use super::work::{ANSWER_LIMIT, healthy, persist};
+use super::work::{ANSWER_LIMIT, healthy_soon, persist};
 use super::{MorphArgs, Wanted};
 use crate::core::recovery::Phase;
 use crate::core::standby::{Event, Want};
@@ -135,7 +135,7 @@ pub(super) async fn claim(args: &MorphArgs, wanted: &Wanted) -> Option<Arc<Insta
 pub(super) async fn use_claimed(args: &MorphArgs, standby: &Instance) -> Result<String, String> {
     standby.record().role = Role::Side(args.instance.name.clone());
     persist(standby).await;
-    let rtt = healthy(&args.env, standby).await?;
+    let rtt = healthy_soon(&args.env, standby).await?;
     Ok(format!("it was its standby: no kernel had to be started, it answered within {rtt:?}"))
 }
 

@@ -116,7 +116,8 @@ pub(super) async fn lift(hand: &mut Hand) -> Result<(), String> {
 pub(super) async fn freeze(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let side = sides(args)?;
     hand.agreed()?;
-    healthy(&args.env, &side).await?;
+    // What changes while one waits would have to be copied while nobody serves.
+    healthy(&args.env, &side, Duration::ZERO).await?;
     if !hand.has_state() {
         return Ok((Event::Frozen, String::new()));
     }

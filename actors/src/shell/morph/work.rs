@@ -22,6 +22,8 @@ use crate::store::{MorphRecord, Role};
 
 /// Between two looks at a state nobody tells of.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// A suspicion is confirmed or gone after so long, as a rule.
+const PROBED: Duration = Duration::from_secs(2);
 /// Longest time for an actor's answer that needs no work.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time for connections to a workload that is retired.
@@ -136,8 +138,8 @@ pub(super) fn sides(args: &MorphArgs) -> Result<Arc<Instance>, String> {
 /// Both serve, and the new kernel answers in time.
 async fn validate(args: &MorphArgs, hand: &mut Hand) -> Worked {
     let side = sides(args)?;
-    let rtt = healthy(&args.env, &side).await?;
-    healthy(&args.env, &args.instance).await?;
+    let rtt = healthy_soon(&args.env, &side).await?;
+    healthy_soon(&args.env, &args.instance).await?;
     let state = match &hand.lines {
         Some(l) if hand.has_state() => {
             format!("; {} of state in {} rounds so far", bytes(l.copied), l.rounds)
@@ -147,10 +149,16 @@ async fn validate(args: &MorphArgs, hand: &mut Hand) -> Worked {
     Ok((Event::Valid, format!("the new kernel is healthy: it answered within {rtt:?}{state}")))
 }
 
-pub(super) async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, String> {
+/// It is, or will be when it is known after so long whether it is.
+pub(super) async fn healthy_soon(env: &Env, instance: &Instance) -> Result<Duration, String> {
+    let policy = instance.record().policy;
+    healthy(env, instance, policy.heartbeat_timeout.min(PROBED)).await
+}
+
+/// It is, by what is known within `patience`, and answers.
+pub(super) async fn healthy(env: &Env, instance: &Instance, patience: Duration) -> Result<Duration, String> {
     let name = &instance.name;
-    let limit = instance.record().policy.heartbeat_timeout.min(env.config.effect_limit);
-    let until = Instant::now() + limit;
+    let until = Instant::now() + patience;
     loop {
         let view = ask(instance, InstanceMsg::View)
             .await
@@ -164,6 +172,7 @@ pub(super) async fn healthy(env: &Env, instance: &Instance) -> Result<Duration, 
             state => return Err(format!("{name} is {state}: {}", view.reason)),
         }
     }
+    let limit = instance.record().policy.heartbeat_timeout.min(env.config.effect_limit);
     let (reply, answer) = oneshot::channel();
     instance.heartbeat.send(HeartbeatMsg::Ping(reply));
     match timeout(limit, answer).await {

@@ -68,7 +68,13 @@ async fn a_silent_agent_delays_terminate_by_its_grace_and_force_does_not_ask() {
     w.up("web").await;
     w.fake.agent(1, Agent::Silent);
     let began = Instant::now();
-    w.tree.terminate("web", false).await.unwrap();
+    let meanwhile = async {
+        w.pass(Duration::from_secs(8)).await;
+        // It may just be ending its workload.
+        assert_eq!(w.tree.status("web").await.unwrap().state, InstanceState::Healthy);
+    };
+    let (ended, ()) = tokio::join!(w.tree.terminate("web", false), meanwhile);
+    ended.unwrap();
     let took = began.elapsed();
     assert!(took >= Duration::from_secs(10) && took < Duration::from_secs(11), "{took:?}");
 
