@@ -2,48 +2,101 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
+use std::ffi::{CString, c_char};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::{mem, ptr};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
-use nix::unistd::{Pid, getpid, setsid};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 
 /// `RAMFS_MAGIC` of linux/magic.h: the root of an initramfs without tmpfs.
 const RAMFS: FsType = FsType(0x8584_58f6);
-/// Others may take the id in between: so often it is tried again.
-const TRIES: usize = 20;
+/// The last id that was given: the next process gets the one after it.
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
-/// Start a program as process `pid`, in a session of its own, without input or output.
-pub fn start(program: &[String], pid: i32) -> Result<Child, String> {
-    let (name, args) = program.split_first().ok_or("no program is given")?;
-    let mut why = String::new();
-    for _ in 0..TRIES {
-        fs::write(LAST_PID, (pid - 1).to_string()).map_err(|e| format!("{LAST_PID}: {e}"))?;
-        let mut command = Command::new(name);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let check = move || {
-            if getpid().as_raw() != pid {
-                // Only a number of the system comes through to the parent.
-                return Err(Errno::EADDRINUSE.into());
-            }
-            setsid().map(drop).map_err(io::Error::from)
-        };
-        // SAFETY: between fork and exec; two system calls and an error without allocation.
-        unsafe { command.pre_exec(check) };
-        match command.spawn() {
-            Ok(child) => return Ok(child),
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => why = format!("process id {pid} is taken"),
-            Err(e) => return Err(format!("{name}: {e}")),
+/// Start a program as process `pid`, in a session of its own, without input or output; its children get the ids that follow. The
+/// kernel gives it that id or none: asked for as the next one, another process could get it, and keep it.
+pub fn start(program: &[String], pid: i32) -> Result<(), String> {
+    let name = program.first().ok_or("no program is given")?;
+    let text =
+        |word: &String| CString::new(word.as_str()).map_err(|_| format!("{word:?} has a NUL character"));
+    let words = program.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let mut argv: Vec<*const c_char> = words.iter().map(|w| w.as_ptr()).collect();
+    argv.push(ptr::null());
+    let null =
+        File::options().read(true).write(true).open("/dev/null").map_err(|e| format!("/dev/null: {e}"))?;
+    let (mut failed, fails) = io::pipe().map_err(|e| format!("pipe: {e}"))?;
+    fs::write(LAST_PID, pid.to_string()).map_err(|e| format!("{LAST_PID}: {e}"))?;
+    let ids = [pid];
+    // SAFETY: all zeros are a value of it, and mean nothing.
+    let mut args: libc::clone_args = unsafe { mem::zeroed() };
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.set_tid = ids.as_ptr() as u64;
+    args.set_tid_size = 1;
+    // SAFETY: without a stack and flags it is fork(2); `args` and `ids` live longer than the call. The child calls what may
+    // be called after a fork with threads (signal-safety(7)), on what was made before, and never returns.
+    let cloned = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match cloned {
+        0 => {
+            // SAFETY: as said; `argv` ends with a null pointer and its strings live.
+            let why = unsafe { become_program(&argv, null.as_raw_fd()) };
+            let _ = (&fails).write_all(&why.to_ne_bytes());
+            // SAFETY: it ends the process and runs nothing of the parent's.
+            unsafe { libc::_exit(127) }
+        }
+        1.. => {}
+        _ => {
+            return Err(match io::Error::last_os_error() {
+                e if e.raw_os_error() == Some(libc::EEXIST) => format!("process id {pid} is taken"),
+                e => format!("clone3 as process {pid}: {e}"),
+            });
         }
     }
-    Err(why)
+    drop(fails);
+    let mut why = [0u8; 4];
+    // It ends without a word when the program runs.
+    match failed.read_exact(&mut why) {
+        Err(_) => Ok(()),
+        Ok(()) => {
+            reap(pid);
+            Err(format!("{name}: {}", io::Error::from_raw_os_error(i32::from_ne_bytes(why))))
+        }
+    }
+}
+
+/// Does not return unless it fails, with the reason.
+///
+/// # Safety
+/// `argv` holds pointers to strings that live, and a null pointer at its end.
+unsafe fn become_program(argv: &[*const c_char], null: RawFd) -> i32 {
+    let why = || io::Error::last_os_error().raw_os_error().unwrap_or_default();
+    // SAFETY: system calls on numbers, a set on the stack, and `argv` as promised.
+    unsafe {
+        // What Rust has ignored, and threads have blocked, a program does not expect.
+        let mut none: libc::sigset_t = mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        if libc::setsid() < 0 || (0..3).any(|fd| libc::dup2(null, fd) < 0) {
+            return why();
+        }
+        libc::execvp(argv[0], argv.as_ptr());
+    }
+    why()
+}
+
+/// Wait for the end of a process that was started here.
+pub fn reap(pid: i32) {
+    // Nobody else waits for it.
+    let _ = waitpid(Pid::from_raw(pid), None);
 }
 
 /// Whether there is such a process that has not ended.
@@ -115,22 +168,40 @@ mod tests {
 
     #[test]
     fn a_process_gets_its_id_or_it_is_said_that_another_has_it() {
-        let program = ["sleep".to_owned(), "60".to_owned()];
+        let program = ["sh", "-c", "sleep 60 & wait"].map(str::to_owned);
         // Below the smallest `pid_max` that is usual, 32768.
         let free = |pid: &i32| !Path::new(&format!("/proc/{pid}")).exists();
         let mut some = (20_000..30_000).rev().filter(free).take(100);
         if !nix::unistd::geteuid().is_root() {
-            let started = start(&program, some.next().unwrap());
-            assert!(started.as_ref().is_err_and(|why| why.contains(LAST_PID)), "{started:?}");
+            let why = start(&program, some.next().unwrap()).unwrap_err();
+            assert!(why.contains(LAST_PID), "{why}");
             return;
         }
+        let no_program = ["/nowhere/program".to_owned()];
+        let why =
+            some.find_map(|pid| start(&no_program, pid).err().filter(|e| !e.contains("taken"))).unwrap();
+        assert_eq!(why, "/nowhere/program: No such file or directory (os error 2)");
         // A number nobody has as a process can still be that of a group or session.
-        let (pid, mut child) = some.find_map(|pid| Some((pid, start(&program, pid).ok()?))).unwrap();
-        let again = start(&program, pid).map(|mut other| other.kill());
-        let ran = (child.id(), lives(pid));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(ran, (pid as u32, true));
+        let pid = some.find(|pid| start(&program, *pid).is_ok()).unwrap();
+        let again = start(&program, pid);
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let ran = (lives(pid), fs::read_link(format!("/proc/{pid}/fd/1")).unwrap());
+        // Its child has one of the next ids; others may get some in between.
+        let children = || fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let child = loop {
+            if let Some(child) = children().split_whitespace().next() {
+                break child.parse::<i32>().unwrap();
+            }
+            std::thread::yield_now();
+        };
+        for one in [pid, child] {
+            kill(Pid::from_raw(one), Signal::SIGKILL).unwrap();
+        }
+        reap(pid);
+        assert!((pid + 1..pid + 1000).contains(&child), "{child} is the child of {pid}");
+        assert_eq!(ran, (true, "/dev/null".into()));
+        // Its group and its session are its own.
+        assert!(stat.contains(&format!(" {pid} {pid} 0 ")), "{stat}");
         assert_eq!(again.unwrap_err(), format!("process id {pid} is taken"));
         assert!(!lives(pid));
     }

@@ -283,10 +283,11 @@ impl Workload for Program {
         match inner.pid {
             Some(pid) => process::signal(pid, Signal::SIGCONT)?,
             None => {
-                let mut child = process::start(&self.command, self.pid)?;
+                process::start(&self.command, self.pid)?;
                 inner.pid = Some(self.pid);
                 // Its status is nobody's business, but somebody has to take it.
-                std::thread::spawn(move || child.wait());
+                let pid = self.pid;
+                std::thread::spawn(move || process::reap(pid));
             }
         }
         inner.placed.clear();

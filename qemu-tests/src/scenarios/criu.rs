@@ -28,13 +28,15 @@ pub const SCENARIO: Scenario = Scenario {
 const IMAGE: &str = "/run/criu.img";
 /// Process id of the program in every kernel.
 const PID: i32 = 10_000;
+/// What it writes to.
+const NUMBERS: &str = "/run/numbers";
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Numbers the program has written, which are all there and in order.
 fn numbers(g: &Guest) -> Result<u64> {
-    let said = g.tool(g.status("ticker")?.cid, "numbers /run/numbers")?;
+    let said = g.tool(g.status("ticker")?.cid, &format!("numbers {NUMBERS}"))?;
     said.parse().map_err(|_| format!("the numbers: {said}"))
 }
 
@@ -42,7 +44,12 @@ fn numbers(g: &Guest) -> Result<u64> {
 fn begun(g: &Guest) -> Result<()> {
     let until = g.wait(async { Instant::now() + PATIENCE });
     while let Err(why) = numbers(g) {
-        g.check(g.wait(async { Instant::now() }) < until, || why)?;
+        if g.wait(async { Instant::now() }) >= until {
+            let log = g.command("kmorphctl", &["console", "ticker"])?.out;
+            // Each look of ours is a line there, too.
+            let lines = log.lines().filter(|l| !l.contains(NUMBERS));
+            return Err(format!("{why}; its log: {}", lines.collect::<Vec<_>>().join(" / ")));
+        }
         g.pause(LOOK);
     }
     Ok(())
