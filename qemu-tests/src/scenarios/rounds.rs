@@ -51,7 +51,7 @@ fn guest(g: &Guest) -> Result<()> {
     g.ctl(&["daemon", "start"])?;
     let initramfs = format!("--initramfs={WORKLOAD}");
     g.ctl(&["spawn", "phoenix", "--kernel=/boot/vmlinuz-6.1", &initramfs, "--heartbeat-timeout=1"])?;
-    g.ctl(&["spawn", "witness", "--kernel=/boot/vmlinuz-6.12", &initramfs, "--heartbeat-timeout=1"])?;
+    g.ctl(&["spawn", "witness", "--kernel=/boot/vmlinuz-6.12", &initramfs])?;
     let daemon = g.daemon()?;
     let mut first: Option<Kept> = None;
     for round in 1..=ROUNDS {
